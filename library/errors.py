@@ -1,0 +1,57 @@
+"""What can go wrong for a user: one sentence (what, which value, what to do) and an exit code of its own.
+
+Exit codes: 2 configuration, 3 dataset, 4 out of memory, 5 non-finite loss, 6 disk, 130 interrupted.
+A `UserError` ends a program without a traceback; any other exception is ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An option, a configuration file or a model file is not what it has to be."""
+
+
+class DatasetError(UserError):
+    exit_code = 3
+
+
+class OutOfMemoryError(UserError):
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    exit_code = 5
+
+
+class DiskError(UserError):
+    exit_code = 6
+
+
+class Interrupted(UserError):
+    exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` with the nearest of `known`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program's `main`, turning user errors into one line on stderr and their exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted before training had begun; nothing was written", file=sys.stderr, flush=True)
+        sys.exit(Interrupted.exit_code)

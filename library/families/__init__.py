@@ -1,0 +1,23 @@
+"""The families, as an explicit lazy table: importing this imports no torch and no diffusers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from library.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from library.families.family import Family
+
+FAMILIES: dict[str, str] = {
+    "z_image": "library.families.z_image:Z_IMAGE",
+}
+
+
+def get_family(name: str) -> Family:
+    """The family's record. Raises ConfigError for an unknown name."""
+    if name not in FAMILIES:
+        raise ConfigError(f"model_type '{name}' is not known{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
+    module, record = FAMILIES[name].split(":")
+    return getattr(importlib.import_module(module), record)
