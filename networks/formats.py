@@ -1,0 +1,377 @@
+"""LoRA files: one table of formats, one canonical form, reading, writing, checking, hashing.
+
+Canonical form: `{original module name: {"down": [rank, *in], "up": [out, rank], "alpha": float}}`, rows of `up` in
+the original order; the update of the original weight is `alpha / rank * up @ down`. `read` adds `"blocks": n` where
+it had to put n separate adapters (a file with q, k, v apart) side by side on one fused module.
+
+What ComfyUI takes (names, suffixes, and that a missing `.alpha` means a factor of 1) is held against its own key
+lists in tests/data/lora_keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import ConfigError, nearest
+from library.layout import Entry, Layout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Modules = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    prefix: str
+    separator: str  # between the parts of a module's name
+    down: str
+    up: str
+    alpha: str  # "tensor": a key of its own; "folded": alpha / rank multiplied into `up`
+    layout: str  # whose module names: "original" or "ours" (diffusers)
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("comfy", "diffusion_model.", ".", "lora_A.weight", "lora_B.weight", "tensor", "original"),
+        Format("kohya", "lora_unet_", "_", "lora_down.weight", "lora_up.weight", "tensor", "original"),
+        Format("diffusers", "transformer.", ".", "lora_A.weight", "lora_B.weight", "folded", "ours"),
+    )
+}
+
+PREFIXES = (  # that files in the wild carry; tried in this order, longest first where one begins another
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "lora_transformer_",
+    "transformer.",
+    "lora_unet_",
+    "lycoris_",
+    "unet.",
+    "",
+)
+PAIRS = (  # every spelling of the two matrices that ComfyUI reads
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_A", ".lora_B"),
+)
+ROLES = {**{d: "down" for d, _ in PAIRS}, **{u: "up" for _, u in PAIRS}, ".alpha": "alpha"}
+OTHER_KINDS = {  # suffixes of adapters that are not plain LoRA -> what they are
+    ".dora_scale": "DoRA",
+    ".lora_mid.weight": "LoCon with a middle matrix",
+    ".hada_w1_a": "LoHa",
+    ".lokr_w1": "LoKr",
+    ".lokr_w1_a": "LoKr",
+    ".oft_blocks": "OFT",
+    ".diff": "full difference",
+    ".diff_b": "bias difference",
+}
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(module with its prefix, "down" | "up" | "alpha") of a LoRA key, or None if it is no such key."""
+    for suffix, role in ROLES.items():
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), role
+    return None
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of an adapter file of any kind, as far as names tell."""
+    endings = [*(s for s in ROLES if s != ".alpha"), *OTHER_KINDS]
+    return any(key.endswith(ending) for key in keys for ending in endings)
+
+
+def detect_format(keys: Iterable[str]) -> str:
+    """Name of the format in FORMATS whose prefix and words most modules have, else `"other"`."""
+    votes: dict[str, int] = defaultdict(int)
+    for key in keys:
+        for f in FORMATS.values():
+            if key.startswith(f.prefix) and key.endswith(f.down):
+                votes[f.name] += 1
+    return max(votes, key=lambda name: votes[name]) if votes else "other"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a name in a file points: an original module, whole (`index` None) or one of the slices of ours."""
+
+    name: str
+    entry: Entry
+    index: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.entry.shape[0] if self.index is None else self.entry.sizes[self.index]
+
+
+def places_of(layout: Layout) -> dict[str, Place]:
+    """Every spelling of every module (original and ours, with dots and with underscores) -> its place.
+
+    Original names win where the two spellings collide.
+    """
+    matrices = [(name, e) for name, e in layout.their_modules.items() if len(e.shape) >= 2]
+    found: dict[str, Place] = {}
+    for name, entry in matrices:
+        place = Place(name, entry)
+        found |= {name: place, name.replace(".", "_"): place}
+    for name, entry in matrices:
+        for i, ours in enumerate(entry.ours):
+            module = ours.removesuffix(".weight")
+            place = Place(name, entry, i if len(entry.ours) > 1 else None)
+            for spelling in (module, module.replace(".", "_")):
+                found.setdefault(spelling, place)
+    return found
+
+
+def _find(module: str, places: Mapping[str, Place]) -> Place | None:
+    for prefix in PREFIXES:
+        if module.startswith(prefix) and (place := places.get(module.removeprefix(prefix))):
+            return place
+    return None
+
+
+def _sort_keys(keys: Iterable[str], places: Mapping[str, Place]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """{module as spelled: {role: key}} of the keys that the layout knows, and the other keys."""
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    strange = []
+    for key in sorted(keys):
+        split = split_key(key)
+        if split and _find(split[0], places):
+            modules[split[0]].setdefault(split[1], key)
+        else:
+            strange.append(key)
+    return modules, strange
+
+
+def _refuse(strange: list[str], total: int, layout: Layout, source: str) -> None:
+    for key in strange:
+        for suffix, kind in OTHER_KINDS.items():
+            if key.endswith(suffix):
+                raise ConfigError(f"{source}: {key} belongs to a {kind} adapter; only plain LoRA files can be read")
+    known = [f"diffusion_model.{name}.lora_A.weight" for name in layout.their_modules]
+    raise ConfigError(
+        f"{source}: {len(strange)} of {total} keys name no module of this model ({layout.name}), "
+        f"for instance {strange[0]}{nearest(strange[0], known)}"
+    )
+
+
+def read(tensors: Mapping[str, Tensor], layout: Layout, source: str = "the LoRA") -> Modules:
+    """The canonical form of a LoRA in any known format.
+
+    Adapters on separate q, k, v become one adapter of the fused module: of the same rank if they share their down
+    matrix, else with the ranks added up and `up` block by block, which is exact but larger (`blocks` says how many).
+    Raises ConfigError naming keys that match nothing, incomplete modules, other kinds of adapters.
+    """
+    places = places_of(layout)
+    spelled, strange = _sort_keys(tensors, places)
+    if strange or not spelled:
+        _refuse(strange or ["no key"], len(tensors), layout, source)
+    whole: Modules = {}
+    slices: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for module, keys in spelled.items():
+        if lacking := {"down", "up"} - keys.keys():
+            raise ConfigError(f"{source}: {module} has no {' and no '.join(sorted(lacking))} matrix")
+        place = _find(module, places)
+        content = _content(tensors, keys, place, layout, source)
+        taken = (
+            place.name in whole or place.name in slices and (place.index is None or place.index in slices[place.name])
+        )
+        if taken:
+            raise ConfigError(f"{source}: {place.name} is adapted twice, the second time as {module}")
+        if place.index is None:
+            whole[place.name] = content
+        else:
+            slices[place.name][place.index] = content
+    fused = {name: _fuse(layout.their_modules[name], layout, parts) for name, parts in slices.items()}
+    return {name: (whole | fused)[name] for name in layout.their_modules if name in whole or name in fused}
+
+
+def _content(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, str], place: Place, layout: Layout, source: str
+) -> dict[str, Any]:
+    down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float().flatten(1)
+    rank, width = down.shape[0], down.flatten(1).shape[1]
+    inner = layout.our_shape(place.entry)[1:]
+    expected = 1
+    for n in inner:
+        expected *= n
+    if width != expected or up.shape != (place.rows, rank):
+        raise ConfigError(
+            f"{source}: {keys['down']} {tuple(down.shape)} and {keys['up']} {tuple(up.shape)} do not fit {place.name}, "
+            f"which takes {expected} inputs and gives {place.rows}; the LoRA is for a model of another size"
+        )
+    alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else float(rank)
+    return {"down": down.reshape(rank, *inner), "up": up, "alpha": alpha or float(rank)}
+
+
+def _fuse(entry: Entry, layout: Layout, parts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    first = next(iter(parts.values()))
+    same = len(parts) == len(entry.sizes) and all(
+        p["alpha"] == first["alpha"] and torch.equal(p["down"], first["down"]) for p in parts.values()
+    )
+    if same:
+        up = torch.cat([parts[i]["up"] for i in range(len(entry.sizes))])
+        fused = {"down": first["down"], "alpha": first["alpha"]}
+    else:
+        rank = sum(p["down"].shape[0] for p in parts.values())
+        up, start, column = torch.zeros(sum(entry.sizes), rank), 0, 0
+        for i, size in enumerate(entry.sizes):
+            if i in parts:
+                r = parts[i]["down"].shape[0]
+                up[start : start + size, column : column + r] = parts[i]["up"] * (parts[i]["alpha"] / r)
+                column += r
+            start += size
+        down = torch.cat([parts[i]["down"] for i in sorted(parts)])
+        fused = {"down": down, "alpha": float(rank), "blocks": len(parts)}
+    fused["up"] = entry.op.to_theirs(up).flatten(1) if entry.op else up
+    return fused
+
+
+def write(modules: Modules, format_name: str, layout: Layout, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of a file in that format, on the CPU. alpha stays float32; it is folded in before the cast."""
+    import torch
+
+    if format_name not in FORMATS:
+        raise ConfigError(
+            f"save_format '{format_name}' is not known{nearest(format_name, FORMATS)} (known: {', '.join(FORMATS)})"
+        )
+    form, tensors = FORMATS[format_name], {}
+    for name, content in modules.items():
+        entry = layout.their_modules[name]
+        for module, down, up in _pieces(form, name, entry, content):
+            stem = form.prefix + module.replace(".", form.separator)
+            if form.alpha == "folded":
+                up = up * (content["alpha"] / content["up"].shape[1])
+            for word, value in ((form.down, down), (form.up, up)):
+                tensors[f"{stem}.{word}"] = value.to("cpu", dtype or value.dtype, copy=True).contiguous()
+            if form.alpha == "tensor":
+                tensors[f"{stem}.alpha"] = torch.tensor(content["alpha"])
+    return tensors
+
+
+def _pieces(form: Format, name: str, entry: Entry, content: Mapping[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
+    """(module name, down, up) of everything that the format writes for one original module."""
+    down, up = content["down"].detach().float(), content["up"].detach().float()
+    out, rank = up.shape
+    if form.layout == "original":
+        ones = [1] * (len(entry.shape) - 2)
+        return [(name, down.reshape(rank, *entry.shape[1:]), up.reshape(out, rank, *ones))]
+    rows = entry.op.to_ours(up, (out, rank)) if entry.op else up
+    ones = [1] * (down.ndim - 2)
+    names = [ours.removesuffix(".weight") for ours in entry.ours]
+    pieces = []
+    for module, part in zip(names, rows.split(list(entry.sizes)), strict=True):
+        own = down
+        used = part.abs().amax(0) > 0
+        if len(names) > 1 and used.any():  # columns of another slice's block are zero and need not be written
+            own, part = down[used], part[:, used]
+        pieces.append((module, own, part.reshape(*part.shape, *ones)))
+    return pieces
+
+
+def load_file(path: Any) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file on the CPU. Raises ConfigError if it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file as load
+
+    try:
+        return load(str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"LoRA file {path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as a safetensors file ({error}); is it complete?") from None
+
+
+def header_of(path: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(key -> shape, metadata) from a file's header."""
+    from library.checkpoints import read_header
+
+    header = read_header(Path(path))
+    return dict(header.shapes), dict(header.metadata)
+
+
+def check_file(path: Any, layout: Layout, family: Any = None) -> tuple[int, int, list[str]]:
+    """Hold a written LoRA, name and shape of every key, against the family's names: (matched, total, the unmatched)."""
+    return check_keys(header_of(path)[0], layout)
+
+
+def check_keys(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[int, int, list[str]]:
+    """`check_file` for keys and shapes."""
+    places = places_of(layout)
+    spelled, wrong = _sort_keys(shapes, places)
+    for module, keys in spelled.items():
+        place = _find(module, places)
+        down, up = shapes.get(keys.get("down", "")), shapes.get(keys.get("up", ""))
+        if not down or not up or down[0] != up[1] or up[0] != place.rows or down[1] != place.entry.shape[1]:
+            wrong += keys.values()
+    return len(shapes) - len(wrong), len(shapes), sorted(wrong)
+
+
+def save_file(
+    modules: Modules, path: Any, format_name: str, layout: Layout, dtype: Any, metadata: Mapping[str, str] | None
+) -> str:
+    """Write a LoRA with its hashes, re-open it, check it key by key, and return `N/N keys match`."""
+    from library.checkpoints import save
+
+    tensors, metadata = write(modules, format_name, layout, dtype), dict(metadata or {})
+    save(tensors, Path(path), metadata | model_hashes(tensors, metadata))
+    matched, total, wrong = check_file(path, layout)
+    return f"{matched}/{total} keys match" + (f"; not matched: {', '.join(wrong[:4])}" if wrong else "")
+
+
+def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """sd-scripts' `sshs_model_hash` and `sshs_legacy_hash`, without a second copy of the tensors.
+
+    They are taken of the file that safetensors would write with only the `ss_` metadata: the first is the SHA-256 of
+    all bytes after its header, the second the first 8 hex digits of the SHA-256 of the 64 KiB at offset 1 MiB.
+    """
+    kept = {k: v for k, v in metadata.items() if k.startswith("ss_")}
+    order, header = _file_order(tensors), {"__metadata__": kept} if kept else {}
+    end = 0
+    for name, code in order:
+        size = tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head = len(text).to_bytes(8, "little") + text + b" " * (-len(text) % 8)
+    head = (len(head) - 8).to_bytes(8, "little") + head[8:]
+    model, window, position = hashlib.sha256(), bytearray(head[0x100000:0x110000]), len(head)
+    for name, _ in order:
+        data = _bytes(tensors[name])
+        model.update(data)
+        start, stop = max(0x100000 - position, 0), min(0x110000 - position, len(data))
+        window += data[start:stop] if start < stop else b""
+        position += len(data)
+    return {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8]}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _file_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """(name, dtype code) in the order in which safetensors lays tensors out, asked of it with one value per tensor."""
+    import torch
+    from safetensors.torch import save
+
+    small = save({name: torch.zeros(1, dtype=value.dtype) for name, value in tensors.items()})
+    header = json.loads(small[8 : 8 + int.from_bytes(small[:8], "little")])
+    return [(n, h["dtype"]) for n, h in sorted(header.items(), key=lambda item: item[1]["data_offsets"])]

@@ -1,0 +1,328 @@
+"""LoRA: W + alpha / rank * up @ down (Hu et al. 2021, arXiv:2106.09685), and sd-scripts' network-module functions.
+
+`--network_args` are strings, checked here; each is documented in `ARGS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from library.errors import ConfigError, nearest
+from networks.adapter import Adapter, AdapterNetwork, Dropout, Target, Weight, seeded_generator, targets_of
+
+ARGS = {
+    "rank_dropout": "probability of leaving out a rank, per item",
+    "module_dropout": "probability of leaving out a module's adapter",
+    "loraplus_lr_ratio": "LoRA+: learning rate of the up matrices / that of the down matrices (arXiv:2402.12354)",
+    "loraplus_unet_lr_ratio": "the same for the denoiser",
+    "loraplus_text_encoder_lr_ratio": "the same for text encoders",
+    "network_reg_dims": "regex=rank,...: rank where the original module name matches, the last match wins; 0 = none",
+    "network_reg_lrs": "regex=learning rate,...: the same for learning rates; 0 = not trained",
+    "conv_dim": "rank of convolutions larger than 1x1",
+    "conv_alpha": "their alpha; default: their rank",
+    "exclude_patterns": "regexes of original module names (whole name) that get no adapter",
+    "include_patterns": "regexes of original module names (whole name) that get one in any case",
+    "verbose": "print every module with its rank",
+    "dropout": "as --network_dropout, which is how sd-scripts hands it to third-party modules",
+}
+
+
+class LoRA(Adapter):
+    """One LoRA: `lora_down` [rank, *in], `lora_up` [out, rank] with rows in the original order, `alpha` a buffer."""
+
+    def __init__(self, target: Target, rank: int, alpha: float, dropout: Dropout) -> None:
+        super().__init__(target, dropout)
+        self.rank, self.scale = rank, alpha / rank
+        self.lora_down, self.lora_up = Weight(rank, *target.our_shape[1:]), Weight(target.entry.shape[0], rank)
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5), generator=seeded_generator(target.name))
+
+    def factor(self) -> float:
+        return self.scale
+
+    def project(self, x: Tensor) -> Tensor:
+        weight, base = self.lora_down.weight, self.bases[0]
+        if weight.dtype != x.dtype:  # a half-precision model without autocast; under autocast the cast is torch's
+            weight = weight.to(x.dtype)
+        if isinstance(base, nn.Conv2d):
+            return F.conv2d(x, weight, None, base.stride, base.padding, base.dilation)
+        return F.linear(x, weight)
+
+    def rows(self) -> Sequence[Tensor]:
+        up = self.lora_up.weight
+        if self.entry.op:
+            up = self.entry.op.to_ours(up, tuple(up.shape))
+        return up.split(self.entry.sizes) if len(self.bases) > 1 else (up,)
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.lora_up.weight.float() @ self.lora_down.weight.float().flatten(1))
+
+    def norm(self) -> Tensor:
+        """||delta|| from the two rank x rank Gram matrices, without forming it; a float64 scalar."""
+        down, up = self.lora_down.weight.double().flatten(1), self.lora_up.weight.double()
+        return abs(self.scale) * ((down @ down.T) * (up.T @ up)).sum().clamp(min=0).sqrt()
+
+    def shrink(self, ratio: float) -> None:
+        for weight in (self.lora_down.weight, self.lora_up.weight):
+            weight.mul_(math.sqrt(ratio))
+
+    def second_parameters(self) -> set[str]:
+        return {"lora_up.weight"}
+
+    def content(self) -> dict[str, Any]:
+        return {"down": self.lora_down.weight.detach(), "up": self.lora_up.weight.detach(), "alpha": float(self.alpha)}
+
+    @torch.no_grad()
+    def load(self, content: Mapping[str, Any], source: str) -> None:
+        rank = content["down"].shape[0]
+        if rank != self.rank:
+            blocks = content.get("blocks", 1)
+            origin = f" ({blocks} separate adapters side by side)" if blocks > 1 else ""
+            raise ConfigError(
+                f"{source}: {self.name} has rank {rank}{origin}, the network's is {self.rank}; "
+                "set --network_dim to it or use --dim_from_weights"
+            )
+        self.lora_down.weight.copy_(content["down"])
+        self.lora_up.weight.copy_(content["up"])
+        self.alpha.fill_(content["alpha"])
+        self.scale = content["alpha"] / rank
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`--network_args`, checked."""
+
+    dropout: Dropout
+    plus_ratio: float | None
+    reg_dims: Sequence[tuple[re.Pattern, float]]
+    reg_lrs: Sequence[tuple[re.Pattern, float]]
+    conv_dim: int | None
+    conv_alpha: float | None
+    exclude: Sequence[re.Pattern]
+    include: Sequence[re.Pattern]
+    is_verbose: bool
+
+
+def parse_args(kwargs: Mapping[str, Any], neuron_dropout: float | None = None) -> Settings:
+    """Check `--network_args`. Raises ConfigError naming the argument, its value and what it takes."""
+    for name in kwargs:
+        if name not in ARGS:
+            raise ConfigError(f"network_args: '{name}' is not known{nearest(name, ARGS)} (known: {', '.join(ARGS)})")
+
+    def number(name: str, low: float = 0.0, high: float = math.inf) -> float | None:
+        return _number(name, kwargs.get(name), low, high)
+
+    network = neuron_dropout if neuron_dropout is not None else number("dropout", 0, 1)
+    ratio = number("loraplus_unet_lr_ratio")
+    return Settings(
+        dropout=Dropout(network, number("rank_dropout", 0, 0.999), number("module_dropout", 0, 1)),
+        plus_ratio=ratio if ratio is not None else number("loraplus_lr_ratio"),
+        reg_dims=_regex_values("network_reg_dims", kwargs.get("network_reg_dims"), whole=True),
+        reg_lrs=_regex_values("network_reg_lrs", kwargs.get("network_reg_lrs")),
+        conv_dim=None if kwargs.get("conv_dim") is None else int(number("conv_dim", 1)),
+        conv_alpha=number("conv_alpha"),
+        exclude=_patterns("exclude_patterns", kwargs.get("exclude_patterns")),
+        include=_patterns("include_patterns", kwargs.get("include_patterns")),
+        is_verbose=_flag("verbose", kwargs.get("verbose")),
+    )
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float | None:
+    if value is None or value == "None":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"network_args: {name}={value} is not a number") from None
+    if not low <= number <= high:
+        raise ConfigError(f"network_args: {name}={value} is outside {low:g}..{high:g}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    words = {"none": False, "": False, "false": False, "0": False, "no": False, "true": True, "1": True, "yes": True}
+    if str(value).lower() not in words:
+        raise ConfigError(f"network_args: {name}={value} is neither true nor false")
+    return words[str(value).lower()]
+
+
+def _compile(name: str, regex: str) -> re.Pattern:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ConfigError(f"network_args: {name}: '{regex}' is not a regular expression ({error})") from None
+
+
+def _regex_values(name: str, text: str | None, whole: bool = False) -> list[tuple[re.Pattern, float]]:
+    """`regex=number,...`: each value ends at a comma or at the end, so that a regex may hold commas and `=` too."""
+    pairs, rest = [], (text or "").strip()
+    while rest:
+        found = re.match(r"(.+?)=\s*([-+0-9.eE]+)\s*(?:,\s*|$)", rest)
+        try:
+            value = float(found[2]) if found else -1.0
+        except ValueError:
+            value = -1.0
+        if value < 0 or whole and value != int(value):
+            kind = "whole number" if whole else "number"
+            raise ConfigError(f"network_args: {name}: '{rest}' is not regex=value with a {kind} of 0 or more")
+        pairs.append((_compile(name, found[1].strip()), value))
+        rest = rest[found.end() :]
+    return pairs
+
+
+def _patterns(name: str, text: str | None) -> list[re.Pattern]:
+    """A Python list of strings, or regexes separated by commas."""
+    text = (text or "").strip()
+    if not text.startswith("["):
+        return [_compile(name, part.strip()) for part in text.split(",") if part.strip()]
+    try:
+        items = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        items = None
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ConfigError(f"network_args: {name}={text} is not a Python list of strings")
+    return [_compile(name, item) for item in items]
+
+
+def spellings(name: str) -> tuple[str, str]:
+    """An original module name as the file has it and as kohya's files have it; regexes may match either."""
+    return name, "lora_unet_" + name.replace(".", "_")
+
+
+def last_match(name: str, rules: Sequence[tuple[re.Pattern, float]]) -> float | None:
+    """Value of the last rule whose regex is found in the name, or None."""
+    values = [value for regex, value in rules if any(regex.search(s) for s in spellings(name))]
+    return values[-1] if values else None
+
+
+def _whole_match(name: str, patterns: Sequence[re.Pattern]) -> bool:
+    return any(p.fullmatch(s) for p in patterns for s in (*spellings(name), name.replace(".", "_")))
+
+
+def _refuse_idle(settings: Settings, chosen: Mapping[str, Target], known: Mapping[str, Target]) -> None:
+    """A regex that matches nothing is a typing error, not a wish."""
+    some = ", ".join(list(known)[:3])
+    for name, rules in (("network_reg_dims", settings.reg_dims), ("network_reg_lrs", settings.reg_lrs)):
+        for regex, _ in rules:
+            if not any(last_match(n, [(regex, 0.0)]) is not None for n in chosen):
+                raise ConfigError(
+                    f"network_args: {name}: '{regex.pattern}' matches none of the {len(chosen)} modules ({some}, ...)"
+                )
+    for name, patterns in (("exclude_patterns", settings.exclude), ("include_patterns", settings.include)):
+        for regex in patterns:
+            if not any(_whole_match(n, [regex]) for n in known):
+                raise ConfigError(f"network_args: {name}: '{regex.pattern}' matches no module as a whole ({some}, ...)")
+
+
+def is_adapted(name: str, adapted: Sequence[str]) -> bool:
+    """Whether a module lies under one of the family's prefixes; without prefixes, in a numbered block."""
+    if adapted:
+        return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in adapted)
+    return re.match(r"[^.]+\.\d+\.", name) is not None
+
+
+def choose(targets: Mapping[str, Target], adapted: Sequence[str], settings: Settings) -> dict[str, Target]:
+    """The modules to adapt: the family's, less `exclude_patterns`, plus `include_patterns`; `conv_dim`."""
+    chosen = {
+        name: target
+        for name, target in targets.items()
+        if _whole_match(name, settings.include)
+        or (is_adapted(name, adapted) and not _whole_match(name, settings.exclude))
+        if not target.is_large_conv or settings.conv_dim
+    }
+    if settings.conv_dim and not any(target.is_large_conv for target in chosen.values()):
+        raise ConfigError(
+            f"network_args: conv_dim={settings.conv_dim} has no effect: no convolution of this model is adapted"
+        )
+    if not chosen:
+        raise ConfigError("network_args: exclude_patterns leaves no module to adapt")
+    _refuse_idle(settings, chosen, targets)
+    return chosen
+
+
+def _binding(unet: nn.Module) -> Any:
+    binding = getattr(unet, "binding", None)
+    if binding is None:
+        raise ConfigError("the denoiser has no layout: load it with library.checkpoints.load_part")
+    return binding
+
+
+def _build(make: Callable[[], list[LoRA]], unet: nn.Module, settings: Settings, multiplier: float) -> AdapterNetwork:
+    network = AdapterNetwork(make(), _binding(unet).layout, multiplier=multiplier)
+    rates = {name: last_match(name, settings.reg_lrs) for name in network.adapters}
+    network.learning_rates = {name: rate for name, rate in rates.items() if rate is not None}
+    network.plus_ratio = settings.plus_ratio
+    if settings.is_verbose:
+        for name, adapter in network.adapters.items():
+            print(f"  {name}: rank {adapter.rank}, alpha {adapter.rank * adapter.scale:g}")
+    return network
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module,
+    neuron_dropout: float | None = None,
+    **kwargs: Any,
+) -> AdapterNetwork:
+    """A new network on the denoiser's original modules. Rank 4 if None (as sd-scripts); alpha 0 or None = rank."""
+    settings, dim = parse_args(kwargs, neuron_dropout), 4 if network_dim is None else int(network_dim)
+    if dim < 1:
+        raise ConfigError(f"network_dim {network_dim} is below 1")
+    chosen = choose(targets_of(unet, _binding(unet).layout), getattr(_binding(unet), "adapted", ()), settings)
+
+    def make() -> list[LoRA]:
+        adapters = []
+        for name, target in chosen.items():
+            rank, alpha = (settings.conv_dim, settings.conv_alpha) if target.is_large_conv else (dim, network_alpha)
+            own = last_match(name, settings.reg_dims)
+            rank = rank if own is None else int(own)
+            if rank:
+                adapters.append(LoRA(target, rank, alpha or rank, settings.dropout))
+        if not adapters:
+            raise ConfigError("network_args: network_reg_dims gives every module rank 0")
+        return adapters
+
+    return _build(make, unet, settings, multiplier)
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: Any,
+    vae: Any,
+    text_encoder: Any,
+    unet: nn.Module,
+    weights_sd: Mapping[str, Tensor] | None = None,
+    for_inference: bool = False,
+    **kwargs: Any,
+) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
+    """A network with a file's modules, ranks and alphas, and the file's tensors; `load_weights` loads its values."""
+    from networks import formats
+
+    settings, binding = parse_args(kwargs), _binding(unet)
+    tensors = formats.load_file(file) if weights_sd is None else weights_sd
+    modules, targets = (
+        formats.read(tensors, binding.layout, str(file or "the given weights")),
+        targets_of(unet, binding.layout),
+    )
+    if strange := sorted(modules.keys() - targets.keys()):
+        raise ConfigError(f"{file}: {strange[0]} is not a layer that can take a LoRA")
+    _refuse_idle(settings, {name: targets[name] for name in modules}, targets)
+
+    def make() -> list[LoRA]:
+        contents = modules.items()
+        return [LoRA(targets[n], c["down"].shape[0], c["alpha"], settings.dropout) for n, c in contents]
+
+    return _build(make, unet, settings, multiplier), tensors
