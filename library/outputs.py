@@ -1,0 +1,209 @@
+"""What a run leaves behind, and when: log lines, saves, states, samples, validation, dumps, the report.
+
+Auxiliary work may not kill training: samples, trackers and the report run guarded, after the save.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library import optim, report, state
+from library.dump import dump_batch
+from library.metadata import save_metadata, training_metadata
+from library.saving import Schedule, file_name, prune
+from library.validation import Validation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train_network import NetworkTrainer
+
+
+class Outputs:
+    """Bound to one trainer; called before the loop, after each optimizer step and at the end."""
+
+    def __init__(self, trainer: NetworkTrainer) -> None:
+        self.trainer, self.options, self.runtime = trainer, trainer.options, trainer.runtime
+        self.folder: Path = trainer.plan.output_dir
+        self.name = self.options.output_name
+        self.schedule = Schedule(self.options, trainer.plan.steps_per_epoch, trainer.plan.total_steps)
+        self.log = report.JsonLog(self.folder / f"{self.name}.jsonl", resume_step=trainer.position.step) if self._main else None
+        self.validation = Validation(trainer) if trainer.dataset.validation else None
+        self.samples = self._sample_run() if self._main and trainer.prompts else None
+        self.base_metadata = self._metadata() if self._main else {}
+        self.pending: tuple | None = None  # the step whose numbers are still on the device
+        self.saved: list[Path] = []
+        self.key_line, self.last_loss = "", math.nan
+        self.dumped = False
+        if self._main and self.options.log_with:
+            self.runtime.accelerator.init_trackers(self.options.log_tracker_name or "network_train", self._tracker_config())
+
+    @property
+    def _main(self) -> bool:
+        return self.runtime.is_main
+
+    def _tracker_config(self) -> dict[str, Any]:
+        return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in self.options.as_dict().items()}
+
+    def _metadata(self) -> dict[str, str]:
+        plan, options = self.trainer.plan, self.options
+        run = {"total_steps": plan.total_steps, "epochs": plan.epochs, "steps_per_epoch": plan.steps_per_epoch}
+        return training_metadata(options, options.family, plan.dataset.metadata(), {}, run)
+
+    # ---------------------------------------------------------------- in the loop
+
+    def before_training(self) -> None:
+        trainer, plan = self.trainer, self.trainer.plan
+        count = sum(p.numel() for p in trainer.parameters)
+        self.say(f"training {count:,} parameters in {len(trainer.parameters)} tensors on {self.runtime.device}")
+        self.first_step = self.step_started = time.perf_counter()
+        self.runtime.seconds["start to first step"] = self.first_step - trainer.started
+        if self.samples and trainer.position.step == 0:
+            self._guarded(lambda: self.samples.base(trainer.denoiser, trainer.network), "the base pictures")
+            if self.options.sample_at_first:
+                self._sample(0)
+        self.step_started = time.perf_counter()
+        self.remaining = plan.total_steps - trainer.position.step
+
+    def after_step(self, losses: list[Tensor], norm: Tensor, *, last: bool) -> None:
+        """Numbers of the step before this one are written now: reading this step's would wait for the device."""
+        trainer, position = self.trainer, self.trainer.position
+        loss = self.runtime.sum(sum(losses) if losses else norm.new_zeros(()))
+        self._write_pending()
+        now = time.perf_counter()
+        self.pending = (position.step, position.epoch, loss, norm, now - self.step_started,
+                        optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups))
+        self.step_started = now
+        busy = self.schedule.save_name(position.step), self.schedule.sample(position.step)
+        if last or any(busy) or (self.validation and self.schedule.validate(position.step)):
+            self._write_pending()
+            self._boundary(busy[0], sample=busy[1] or last, last=last)
+            self.step_started = time.perf_counter()
+
+    def _write_pending(self) -> None:
+        if self.pending is None:
+            return
+        step, epoch, loss, norm, seconds, rates = self.pending
+        self.pending = None
+        position = self.trainer.position
+        loss, norm = float(loss), float(norm)
+        position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch:]
+        position.loss_average = sum(position.losses) / len(position.losses)
+        position.seconds += seconds
+        self.last_loss = loss
+        done = step - (self.trainer.plan.total_steps - self.remaining)
+        rate = (time.perf_counter() - self.first_step) / max(done, 1)
+        eta = rate * (self.trainer.plan.total_steps - step)
+        if self._main:
+            self.log.write(step=step, epoch=epoch + 1, loss=loss, loss_average=position.loss_average, grad_norm=norm,
+                           lr=rates, seconds={"step": seconds}, eta=eta)
+            self._track({"loss/current": loss, "loss/average": position.loss_average, "norm/grad": norm,
+                         **{f"lr/{name}": value for name, value in rates.items()}}, step)
+            if step % self.options.log_every_n_steps == 0 or step == self.trainer.plan.total_steps:
+                self.say(f"step {step}/{self.trainer.plan.total_steps}  loss {loss:.4f}  average {position.loss_average:.4f}"
+                         f"  {seconds:.2f} s  left {eta / 60:.1f} min")
+
+    def _boundary(self, save_name: str | None, *, sample: bool, last: bool) -> None:
+        """Saves first, then the state, then everything that may fail."""
+        trainer, position = self.trainer, self.trainer.position
+        optim.eval_mode(trainer.optimizer)
+        if self._main:
+            name = file_name(self.name) if last else save_name
+            if name:
+                self._save(self.folder / name)
+            if (save_name and self.options.save_state) or (last and (self.options.save_state or self.options.save_state_on_train_end)):
+                self._save_state()
+            for path in prune(self.options, self.folder, trainer.plan.steps_per_epoch, position.step) if name else []:
+                self.say(f"deleted {path.name} (--save_last_n_...)")
+        self.runtime.wait()
+        if self.validation and self.schedule.validate(position.step):
+            self._validate()
+        if sample and self.samples:
+            self._sample(position.step, last=last)
+        optim.train_mode(trainer.optimizer)
+
+    def _save(self, path: Path) -> None:
+        position = self.trainer.position
+        metadata = save_metadata(self.base_metadata, step=position.step, epoch=position.epoch + 1)
+        self.key_line = self.trainer.save(path, metadata)
+        self.saved.append(path)
+        self.say(f"saved {path.name}: {self.key_line}")
+
+    def _save_state(self) -> None:
+        trainer = self.trainer
+        folder = state.state_path(self.folder, self.name, trainer.position.step)
+        state.save_state(folder, {k: v.detach().cpu().contiguous() for k, v in trainer.trained.items()}, trainer.optimizer,
+                         trainer.scheduler, trainer.scaler, trainer.position, self.options.as_dict())
+        self.say(f"state {folder.name}: continue with --resume {folder}")
+
+    def _validate(self) -> None:
+        values = self.validation.run()
+        step = self.trainer.position.step
+        if self._main:
+            self.log.write(step=step, validation=values)
+            self._track({f"loss/validation/{name}": value for name, value in values.items()}, step)
+            self.say(f"validation at step {step}: loss {values['average']:.4f}")
+
+    def _sample_run(self) -> Any:
+        from library.sample import SampleRun
+
+        t = self.trainer
+        return SampleRun(t.prompts, self.options.family, self.options, t.sample_conds, self.folder, self.name,
+                         self.runtime.load_vae, self.runtime.device, self.runtime.autocast)
+
+    def _sample(self, step: int, last: bool = False) -> None:
+        trainer = self.trainer
+        self._guarded(lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, last=last), "sampling")
+
+    def _guarded(self, work: Any, what: str) -> Any:
+        try:
+            with self.runtime.phase("sampling"):
+                return work()
+        except Exception as error:  # auxiliary work may not kill training
+            self.say(f"warning: {what} failed and was skipped ({type(error).__name__}: {error})")
+            return None
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        if self.options.log_with:
+            self._guarded(lambda: self.runtime.accelerator.log(values, step=step), "logging to the tracker")
+
+    def say(self, text: str) -> None:
+        if self._main:
+            print(text, flush=True)
+
+    def maybe_dump(self, batch: Any, *tensors: Any) -> None:
+        """--dump_batch_at_step N: the first batch of optimizer step N (counted from 1), once."""
+        if self.options.dump_batch_at_step == self.trainer.position.step + 1 and not self.dumped and self._main:
+            self.dumped = True
+            path = self.folder / f"{self.name}-batch-step{self.options.dump_batch_at_step}.safetensors"
+            dump_batch(path, self.options.family, batch, *tensors)
+            self.say(f"dumped the batch of step {self.options.dump_batch_at_step} to {path.name}")
+
+    # ---------------------------------------------------------------- at the end
+
+    def finish(self) -> None:
+        if self.options.log_with:
+            self._guarded(self.runtime.accelerator.end_training, "closing the tracker")
+        if self._main:
+            self.runtime.seconds["training"] = self.trainer.position.seconds
+            self._guarded(self._report, "the report")
+        if self.runtime.world > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+    def _report(self) -> None:
+        from library.report import RunSummary, write_report
+
+        trainer, plan = self.trainer, self.trainer.plan
+        summary = RunSummary.of_run(
+            options=self.options, plan=plan, log=self.log.path, saved=self.saved, key_line=self.key_line,
+            seconds=self.runtime.seconds, parameters=sum(p.numel() for p in trainer.parameters),
+            grid=self.samples.grid_path if self.samples else None,
+            numbers=self.samples.numbers(trainer.latents, trainer.dataset) if self.samples else {},
+        )
+        path = write_report(summary, self.folder, self.name)
+        self.say(f"report: {path}")

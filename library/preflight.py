@@ -1,0 +1,150 @@
+"""Everything that can be known before a weight loads: checked in one place, printed as one plan.
+
+Imports no torch: a mistake in the command line is answered in a second, not after a minute of loading.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library import state
+from library.checkpoints import check_part, check_writable
+from library.data.dataset import Dataset, prepare
+from library.errors import ConfigError
+from library.options import check_read
+
+if TYPE_CHECKING:
+    from library.options import Options
+
+
+@dataclass
+class Plan:
+    dataset: Dataset
+    output_dir: Path
+    steps_per_epoch: int
+    total_steps: int
+    position: state.Position
+    resume: Path | None = None
+    changed_options: list[str] = field(default_factory=list)
+    base_weights: list[tuple[str, float]] = field(default_factory=list)
+    parts: dict[str, str] = field(default_factory=dict)  # part name -> one line about its file
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.total_steps // self.steps_per_epoch)
+
+
+def check(options: Options, say: Callable[[str], None] = print) -> Plan:
+    """All checks, in the order of their cost; prints the plan. Raises a UserError with the first thing wrong."""
+    family = options.family
+    check_read(options)
+    if not options.output_dir:
+        raise ConfigError("--output_dir is missing: say where the results are to be written")
+    output_dir = Path(options.output_dir)
+    parts = {part.name: check_part(part, getattr(options, part.option), f"--{part.option}")
+             for part in (family.denoiser, family.vae, *family.text_encoders)}
+    check_tokenizers(options)
+    _check_network(options)
+    _check_prompts(options)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(output_dir, bytes_needed=estimate_bytes(options))
+    dataset = prepare(options, family, family.pixel_multiple)
+    group = options.gradient_accumulation_steps * _world()
+    steps_per_epoch = -(-len(dataset.batches(0)) // group)
+    total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
+    plan = Plan(dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
+    plan.base_weights = _base_weights(options)
+    if options.resume:
+        _resume(options, plan)
+    say(table(options, plan))
+    return plan
+
+
+def check_tokenizers(options: Options) -> None:
+    """A local tokenizer has to exist; only a hub id may be elsewhere."""
+    value = options.tokenizer
+    if value and not Path(value).exists() and (value.count("/") != 1 or value.startswith((".", "/", "~"))):
+        raise ConfigError(f"--tokenizer {value}: no such file or folder (and not a hub id of the form owner/name)")
+
+
+def _world() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_network(options: Options) -> None:
+    name = options.network_module
+    if name:
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise ConfigError(f"--network_module {name}: no such module; built in is networks.lora, others must be installed")
+    for option in ("network_weights",):
+        path = getattr(options, option)
+        if path and not Path(path).is_file():
+            raise ConfigError(f"--{option} {path}: no such file")
+
+
+def _base_weights(options: Options) -> list[tuple[str, float]]:
+    paths = options.base_weights or []
+    multipliers = list(options.base_weights_multiplier or [])
+    if len(multipliers) > len(paths):
+        raise ConfigError(f"--base_weights_multiplier has {len(multipliers)} values for {len(paths)} --base_weights")
+    for path in paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"--base_weights {path}: no such file")
+    return list(zip(paths, multipliers + [1.0] * (len(paths) - len(multipliers)), strict=True))
+
+
+def _check_prompts(options: Options) -> None:
+    if options.sample_prompts:
+        from library.sample import parse_prompts
+
+        parse_prompts(Path(options.sample_prompts))
+
+
+def estimate_bytes(options: Options) -> int:
+    """Bytes that the run will write at least: one full model, or a network of generous size, plus a state."""
+    if options.network_module:
+        return 64 * 1024**2
+    path = Path(getattr(options, options.family.denoiser.option))
+    size = path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*.safetensors"))
+    return size * (4 if options.save_state or options.save_state_on_train_end else 1)
+
+
+def _resume(options: Options, plan: Plan) -> None:
+    folder = state.find_state(options.resume, plan.output_dir, options.output_name)
+    if folder is None:
+        plan.warnings.append(f"--resume auto: no complete state of '{options.output_name}' in {plan.output_dir}; starting anew")
+        return
+    plan.resume = folder
+    plan.position, plan.changed_options = state.read_state(folder, options.as_dict(), bool(options.resume_anyway))
+    if plan.position.step >= plan.total_steps:
+        raise ConfigError(f"--resume {folder}: it stands at step {plan.position.step} of {plan.total_steps}, "
+                          "nothing is left to do; raise --max_train_steps or --max_train_epochs")
+
+
+def table(options: Options, plan: Plan) -> str:
+    """The plan as text: what is trained, on what, for how long, written where."""
+    what = f"LoRA ({options.network_module}, rank {options.network_dim}, alpha {options.network_alpha})"
+    lines = [f"{options.family.title}: {what if options.network_module else 'full fine-tune of the denoiser'}"]
+    lines += [f"  {name:<13} {line}" for name, line in plan.parts.items()]
+    lines.append(plan.dataset.print_table())
+    lines.append(
+        f"steps: {plan.total_steps} optimizer steps of {options.gradient_accumulation_steps} x {_world()} batches, "
+        f"{plan.steps_per_epoch} a pass over the data = {plan.total_steps / plan.steps_per_epoch:.1f} epochs"
+    )
+    lines.append(f"written to: {plan.output_dir} as {options.output_name}.safetensors")
+    if plan.resume:
+        lines.append(f"resuming {plan.resume}: step {plan.position.step}, epoch {plan.position.epoch + 1}, "
+                     f"loss average {plan.position.loss_average:.4f}"
+                     + (f"; changed options: {', '.join(plan.changed_options)}" if plan.changed_options else ""))
+    return "\n".join(lines + [f"note: {warning}" for warning in plan.warnings])

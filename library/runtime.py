@@ -1,0 +1,225 @@
+"""Where and in which precision a run computes: device, processes, models on demand, sigma and loss of its options."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library import checkpoints, flow, losses
+from library.checkpointing import checkpoint_blocks
+from library.data.dataset import item_seed
+from library.errors import ConfigError
+
+if TYPE_CHECKING:
+    from library.batches import Draws
+    from library.families.family import Cond, Family
+    from library.options import Options
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DROPOUT = 3  # random stream of a micro-step, beside those of library.batches
+
+
+class Runtime:
+    def __init__(self, options: Options, family: Family) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        self.options, self.family, self.seconds = options, family, {}
+        trackers = {None: None, "all": ["tensorboard", "wandb"]}.get(options.log_with, options.log_with)
+        handlers = []
+        if options.ddp_timeout:
+            from datetime import timedelta
+
+            handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
+        self.accelerator = Accelerator(log_with=trackers, project_dir=options.logging_dir, kwargs_handlers=handlers)
+        self.device, self.rank, self.world = (
+            self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes,
+        )
+        if self.device.type == "cpu":
+            # accelerate launch sets OMP_NUM_THREADS=1, which suits a GPU's host; on the CPU it halves the speed or worse.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
+        if options.mixed_precision == "fp16" and self.device.type == "mps":
+            raise ConfigError("--mixed_precision fp16 is not reliable on this device (mps); use bf16 or no")
+        self.dtype = DTYPES[options.mixed_precision]
+        self._vae = self._text = None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of the enclosed work to `self.seconds[name]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # ---------------------------------------------------------------- models
+
+    def load_vae(self) -> torch.nn.Module:
+        """The VAE, float32 (half-precision VAEs overflow in several families), frozen, on the device."""
+        if self._vae is None:
+            path = getattr(self.options, self.family.vae.option)
+            self._vae = checkpoints.load_part(self.family.vae, path, dtype=torch.float32, device=self.device)
+            self._vae.requires_grad_(False).eval()
+        return self._vae
+
+    def load_text_encoders(self) -> tuple[list[torch.nn.Module], list[Any]]:
+        """(text encoders, tokenizers) in the family's order, frozen, on the device."""
+        if self._text is None:
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            models = []
+            for part in self.family.text_encoders:
+                path = getattr(self.options, part.option)
+                model = checkpoints.load_part(part, path, dtype=dtype, device=self.device)
+                models.append(model.requires_grad_(False).eval())
+            self._text = (models, self.family.tokenizers(self.options))
+        return self._text
+
+    def release(self, *, keep_text: bool, keep_vae: bool) -> None:
+        """Drop the encoders that the loop does not need, before the denoiser is loaded."""
+        if not keep_text:
+            self._text = None
+        if not keep_vae:
+            self._vae = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def load_denoiser(self) -> torch.nn.Module:
+        options = self.options
+        full = not options.network_module and not (options.full_bf16 or options.full_fp16)
+        part = self.family.denoiser
+        dtype = torch.float32 if full else self.dtype
+        model = checkpoints.load_part(part, getattr(options, part.option), dtype=dtype, device=self.device)
+        model.binding.adapted = self.family.adapted
+        return model
+
+    def prepare_denoiser(self, model: torch.nn.Module, *, trained: bool) -> None:
+        model.requires_grad_(trained)
+        model.train()
+        if self.options.gradient_checkpointing:
+            checkpoint_blocks(model, self.family.blocks)
+
+    def prepare_network(self, network: torch.nn.Module) -> None:
+        """Network on the device in float32, or in half precision with --full_fp16/--full_bf16."""
+        half = self.options.full_bf16 or self.options.full_fp16
+        network.to(self.device, dtype=self.dtype if half else torch.float32)
+        network.save_format = self.options.save_format or self.family.save_formats[0]
+        if self.options.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        network.prepare_grad_etc([], None)
+
+    def parameter_groups(self, network: torch.nn.Module | None, denoiser: torch.nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups; with a network as sd-scripts' interface gives them, else the whole denoiser."""
+        options = self.options
+        rate = options.unet_lr if options.unet_lr is not None else options.learning_rate
+        if network is None:
+            return [{"params": list(denoiser.parameters()), "lr": rate, "name": "denoiser"}]
+        if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):  # optional in sd-scripts' interface
+            result = network.prepare_optimizer_params_with_multiple_te_lrs(None, rate, options.learning_rate)
+        else:
+            result = network.prepare_optimizer_params(None, rate, options.learning_rate)
+        groups, names = result if isinstance(result, tuple) else (result, None)
+        for group, name in zip(groups, names or [], strict=False):
+            group.setdefault("name", name)
+        return [group | {"params": list(group["params"])} for group in groups]
+
+    def named_trained(self, network: torch.nn.Module | None, denoiser: torch.nn.Module) -> dict[str, Tensor]:
+        module = network if network is not None else denoiser
+        return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def save_dtype(self) -> torch.dtype | None:
+        return SAVE_DTYPES[self.options.save_precision] if self.options.save_precision else None
+
+    # ---------------------------------------------------------------- the step's surroundings
+
+    def seed(self, step: int, index: int) -> None:
+        """Seed torch's and Python's generators for one micro-step (network dropout), so that nothing carries over."""
+        value = item_seed(self.options.seed + DROPOUT, step, index, self.rank)
+        torch.manual_seed(value)
+        random.seed(value)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def to_device(self, cond: Cond) -> Cond:
+        return {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+
+    def draws_to_device(self, draws: Draws) -> Draws:
+        if self.device.type != "cpu":
+            for name, value in vars(draws).items():
+                if value is not None:
+                    setattr(draws, name, value.to(self.device, non_blocking=True))
+        return draws
+
+    def tokens(self, latents: Tensor) -> int:
+        """Image tokens of the denoiser for latents [..,h,w]: patches of pixel_multiple / latent_downscale."""
+        patch = max(1, self.family.pixel_multiple // self.family.latent_downscale)
+        return (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
+
+    def sigma(self, draws: Draws, latents: Tensor) -> Tensor:
+        """[B] float32, by the run's sampling options."""
+        return flow.sigma_from(draws.uniform, draws.normal, tokens=self.tokens(latents), **self.sigma_options())
+
+    def sigma_options(self) -> dict[str, Any]:
+        o = self.options
+        return {
+            "sampling": o.timestep_sampling,
+            "sigmoid_scale": o.sigmoid_scale,
+            "shift": o.discrete_flow_shift,
+            "weighting_scheme": o.weighting_scheme,
+            "logit_mean": o.logit_mean,
+            "logit_std": o.logit_std,
+            "mode_scale": o.mode_scale,
+            "min_sigma": (o.min_timestep or 0) / 1000,
+            "max_sigma": (1000 if o.max_timestep is None else o.max_timestep) / 1000,
+        }
+
+    def perturbed(self, draws: Draws) -> Tensor:
+        """The noise that is mixed in: with --ip_noise_gamma perturbed, while the target keeps the clean noise."""
+        if draws.perturbation is None:
+            return draws.noise
+        gamma = torch.full_like(draws.gamma_scale, self.options.ip_noise_gamma)
+        if self.options.ip_noise_gamma_random_strength:
+            gamma = gamma * draws.gamma_scale
+        return flow.ip_noise(draws.noise, draws.perturbation, gamma)
+
+    def huber_c(self, sigma: Tensor) -> Tensor | None:
+        o = self.options
+        if o.loss_type not in ("huber", "smooth_l1"):
+            return None
+        return losses.huber_c(sigma, o.huber_schedule, o.huber_c, o.huber_scale)
+
+    def loss_weight(self, sigma: Tensor) -> Tensor:
+        return flow.loss_weight(sigma, self.options.weighting_scheme)
+
+    def reduce_gradients(self, parameters: list[Tensor]) -> None:
+        """Sum gradients over the processes in one flat all-reduce; each batch's loss already carries its share."""
+        if self.world == 1:
+            return
+        for p in parameters:
+            if p.grad is None:  # a process without a batch in the last step of an epoch still takes part
+                p.grad = torch.zeros_like(p)
+        flat = torch._utils._flatten_dense_tensors([p.grad for p in parameters])
+        torch.distributed.all_reduce(flat)
+        for p, grad in zip(parameters, torch._utils._unflatten_dense_tensors(flat, [p.grad for p in parameters]), strict=True):
+            p.grad.copy_(grad)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a scalar over the processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+        return value

@@ -1,0 +1,227 @@
+"""The one loop: LoRA and full fine-tuning of every family.
+
+With --network_module it trains the network, without one the denoiser itself. It knows no family: what a model
+is comes from a record in library/families. Runs by itself too; the family then comes from --model_type or from
+the configuration file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library import options as option_machinery
+from library.errors import ConfigError, run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from library.batches import Batch
+    from library.options import Options
+
+
+class NetworkTrainer:
+    """One training run. `run()` is the whole of it; the seams are `setup`, `conditions`, `step`, `save`."""
+
+    def __init__(self, options: Options) -> None:
+        from library.preflight import check
+
+        self.options, self.family = options, options.family
+        self.started = time.perf_counter()
+        self.plan = check(options)  # everything that can be known without a weight: files, dataset, prompts, disk
+        self.dataset, self.resumed = self.plan.dataset, self.plan.position
+
+    def run(self) -> None:
+        self.setup()
+        self.train()
+        self.finish()
+
+    # ---------------------------------------------------------------- before the loop
+
+    def setup(self) -> None:
+        """Caches, models, network, optimizer, resume; each phase's seconds are kept for the report."""
+        from library.runtime import Runtime
+
+        self.runtime = Runtime(self.options, self.family)
+        self.device = self.runtime.device
+        with self.runtime.phase("caching"):
+            self._prepare_conditions()
+        with self.runtime.phase("loading"):
+            self.denoiser = self.runtime.load_denoiser()
+            self.network = self._create_network() if self.options.network_module else None
+            self.runtime.prepare_denoiser(self.denoiser, trained=self.network is None)
+        self._create_optimizer()
+        self.position = self.resumed
+        if self.plan.resume:
+            from library.state import load_state
+
+            load_state(self.plan.resume, self.trained, self.optimizer, self.scheduler, self.scaler)
+        self._prepare_outputs()
+
+    def _prepare_conditions(self) -> None:
+        from library import sample, strategies
+
+        options, runtime = self.options, self.runtime
+        self.prompts = sample.parse_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
+        extra = [text for prompt in self.prompts for text in (prompt.prompt, prompt.negative_prompt)]
+        self.latents = strategies.latent_source(self.dataset, self.family, runtime.load_vae, options, runtime.rank, runtime.world)
+        self.text = strategies.text_source(
+            self.dataset, self.family, runtime.load_text_encoders, options, [*extra, ""], runtime.rank, runtime.world
+        )
+        runtime.wait()
+        self.sample_conds = {text: self.text.get(text) for text in {*extra, ""}} if self.prompts else {}
+        runtime.release(keep_text=not self.text.cached, keep_vae=not self.latents.cached)
+
+    def _create_network(self) -> torch.nn.Module:
+        options = self.options
+        module = importlib.import_module(options.network_module)
+        arguments = dict(pair.split("=", 1) for pair in options.network_args or [])
+        for path, multiplier in self.plan.base_weights:
+            base, weights = module.create_network_from_weights(multiplier, path, None, [], self.denoiser, for_inference=True)
+            base.merge_to([], self.denoiser, weights, None, None)
+        if options.dim_from_weights:
+            network, _ = module.create_network_from_weights(1.0, options.network_weights, None, [], self.denoiser, **arguments)
+        else:
+            arguments.setdefault("dropout", options.network_dropout)
+            if arguments["dropout"] is None:
+                del arguments["dropout"]
+            network = module.create_network(
+                1.0, options.network_dim, options.network_alpha, None, [], self.denoiser,
+                neuron_dropout=options.network_dropout, **arguments,
+            )
+        if network is None:
+            raise ConfigError(f"--network_module {options.network_module} gave no network for these options")
+        network.apply_to([], self.denoiser, False, True)
+        if options.network_weights:
+            print(f"network weights: {network.load_weights(options.network_weights)}")
+        self.runtime.prepare_network(network)
+        return network
+
+    def _create_optimizer(self) -> None:
+        import torch
+
+        from library import optim
+        from library.batches import Loader
+
+        options, runtime = self.options, self.runtime
+        groups = runtime.parameter_groups(self.network, self.denoiser)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.trained = runtime.named_trained(self.network, self.denoiser)
+        self.loader = Loader(
+            self.dataset, self.latents.picture, seed=options.seed, accumulation=options.gradient_accumulation_steps,
+            max_steps=self.plan.total_steps, rank=runtime.rank, world=runtime.world,
+            workers=options.max_data_loader_n_workers,
+        )
+        self.optimizer = optim.create_optimizer(options, groups)
+        self.scheduler = optim.create_scheduler(options, self.optimizer, self.plan.total_steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
+
+    def _prepare_outputs(self) -> None:
+        from library.outputs import Outputs
+
+        self.outputs = Outputs(self)
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """Optimizer steps from the resumed position to the end."""
+        from library import optim
+
+        outputs, total = self.outputs, self.plan.total_steps
+        outputs.before_training()
+        for step in self.loader(self.position.step):
+            optim.train_mode(self.optimizer)
+            if self.network is not None:
+                self.network.on_epoch_start([], self.denoiser)  # train mode; cheap, and samples may have left it
+            losses = [self._micro_step(batch, step.number, k) for k, batch in enumerate(step.batches)]
+            norm = self._update()
+            self.position.step, self.position.epoch = step.number + 1, step.epoch
+            outputs.after_step(losses, norm, last=self.position.step == total)
+
+    def _micro_step(self, batch: Batch, number: int, index: int) -> Tensor:
+        """Forward and backward of one batch; returns its share of the step's loss, still on the device."""
+        self.runtime.seed(number, index)
+        if self.network is not None and hasattr(self.network, "on_step_start"):  # optional in sd-scripts' interface
+            self.network.on_step_start([], self.denoiser)
+        with self.runtime.autocast():
+            loss = self.step(batch)
+        loss = loss.mean() * batch.share
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def step(self, batch: Batch) -> Tensor:
+        """The loss of each item of a batch, [B] float32.
+
+        x_sigma = (1 - sigma) x0 + sigma noise; the denoiser predicts the velocity noise - x0.
+        """
+        from library import flow, losses
+
+        options = self.options
+        x0, conds, draws = self.conditions(batch)
+        sigma = self.runtime.sigma(draws, x0)
+        noisy = flow.noisy(x0, self.runtime.perturbed(draws), sigma)
+        predicted = self.family.predict(self.denoiser, noisy, sigma, conds)
+        target = flow.velocity(x0, draws.noise)
+        guess, goal = flow.apply_prediction_type(predicted, target, noisy, sigma, options.model_prediction_type)
+        error = losses.elementwise(guess, goal, options.loss_type, self.runtime.huber_c(sigma))
+        error = losses.masked(error, batch.mask) if batch.mask is not None else error
+        loss = error.mean(dim=tuple(range(1, error.ndim))) * self.runtime.loss_weight(sigma) * batch.weights.to(x0.device)
+        self.outputs.maybe_dump(batch, x0, draws.noise, sigma, noisy, predicted, target, loss, conds)
+        return loss
+
+    def conditions(self, batch: Batch) -> tuple[Tensor, list[dict[str, Tensor]], Any]:
+        """Latents [B,C,h,w] float32, the text of each item and the random draws, on the device."""
+        from library.batches import draw
+
+        options, runtime = self.options, self.runtime
+        x0 = self.latents.finish(batch.pictures.to(self.device))
+        conds = [runtime.to_device(self.text.get(caption)) for caption in batch.captions]
+        draws = draw(batch.keys, options.seed, tuple(x0.shape[1:]), perturb=bool(options.ip_noise_gamma))
+        return x0, conds, runtime.draws_to_device(draws)
+
+    def _update(self) -> Tensor:
+        """All-reduce, unscale, clip, optimizer, scheduler; returns the gradient norm, still on the device."""
+        import torch
+
+        options = self.options
+        self.runtime.reduce_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        limit = options.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if options.scale_weight_norms and self.network is not None:
+            self.network.apply_max_norm_regularization(options.scale_weight_norms, self.device)
+        return norm
+
+    # ---------------------------------------------------------------- what is written
+
+    def save(self, path: Path, metadata: dict[str, str]) -> str:
+        """Write the network or the model under the family's names; returns the line about its keys."""
+        from library import checkpoints
+
+        dtype = self.runtime.save_dtype()
+        if self.network is not None:
+            return self.network.save_weights(str(path), dtype, metadata)
+        checkpoints.save_part(self.denoiser, path, metadata, dtype)
+        return f"{len(self.denoiser.binding.layout.entries)} tensors of the model"
+
+    def finish(self) -> None:
+        self.outputs.finish()
+
+
+def main(family_name: str | None = None, argv: list[str] | None = None) -> None:
+    """Parse, check, train. The thin scripts call this with their family's name."""
+    program = Path(sys.argv[0]).name
+    options = option_machinery.parse(family_name, argv, program)
+    NetworkTrainer(options).run()
+
+
+if __name__ == "__main__":
+    run(main)
