@@ -68,7 +68,7 @@ class Option:
             if self.choices and one not in self.choices:
                 hint = nearest(str(one), self.choices)
                 raise ConfigError(f"--{self.name} '{one}' ({origin}) is none of {', '.join(self.choices)}{hint}")
-            if isinstance(one, str) or isinstance(one, bool):
+            if isinstance(one, str | bool):
                 continue
             if (self.low is not None and one < self.low) or (self.high is not None and one > self.high):
                 bounds = f"at least {self.low:g}" if self.high is None else f"in {self.low or 0:g}..{self.high:g}"
