@@ -283,8 +283,10 @@ def _settle(table: Mapping[str, Option], values: dict[str, Any], origins: dict[s
             loser, winner = pair if places[1] == COMMAND_LINE else reversed(pair)
             values[loser], origins[loser] = table[loser].default, f"set aside by --{winner} on the command line"
 
+    record = f"family {family.name}"
+
     def imply(name: str, value: Any, why: str) -> None:
-        if origins[name] in (DEFAULT, f"family {family.name}"):
+        if origins[name] in (DEFAULT, record):
             values[name], origins[name] = value, why
 
     for name in ("cache_latents", "cache_text_encoder_outputs"):
@@ -295,7 +297,7 @@ def _settle(table: Mapping[str, Option], values: dict[str, Any], origins: dict[s
     if values["log_with"] in ("tensorboard", "all") and not values["logging_dir"] and values["output_dir"]:
         imply("logging_dir", (Path(values["output_dir"]) / "logs").as_posix(), "implied by --log_with")
     if values["save_format"] is None and values["network_module"]:
-        values["save_format"], origins["save_format"] = family.save_formats[0], f"family {family.name}"
+        values["save_format"], origins["save_format"] = family.save_formats[0], record
     if is_lr_free(values["optimizer_type"]):
         imply("learning_rate", 1.0, f"implied by --optimizer_type {values['optimizer_type']}")
 

@@ -233,7 +233,7 @@ def test_an_unreadable_file_is_one_sentence(tmp_path):
         ("--lr_scheduler reduce_lr_on_plateau", "follows a measured loss"),
         ("--lr_scheduler_type CosineAnnealingLR --lr_warmup_steps 5", "--lr_scheduler_args"),
         ("--optimizer_type AdamWScheduleFree --lr_scheduler cosine", "warmup_steps=N"),
-        ("--optimizer_type Prodigy --network_module networks.lora --network_args loraplus_lr_ratio=4", "loraplus_lr_ratio"),
+        ("--optimizer_type Prodigy --network_module networks.lora --network_args loraplus_lr_ratio=4", "loraplus"),
         ("--max_train_steps 10 --max_train_epochs 2", "with --max_train_epochs"),
         ("--save_last_n_steps 10", "without --save_every_n_steps"),
         ("--wandb_run_name x", "without --log_with"),
