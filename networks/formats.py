@@ -107,7 +107,7 @@ def detect_format(keys: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a name in a file points: an original module, whole (`index` None) or one of the slices of ours."""
+    """Where a name in a file points: an original module (`index` None), or a module of ours that is not just that."""
 
     name: str
     entry: Entry
@@ -131,7 +131,7 @@ def places_of(layout: Layout) -> dict[str, Place]:
     for name, entry in matrices:
         for i, ours in enumerate(entry.ours):
             module = ours.removesuffix(".weight")
-            place = Place(name, entry, i if len(entry.ours) > 1 else None)
+            place = Place(name, entry, i if len(entry.ours) > 1 or entry.op else None)
             for spelling in (module, module.replace(".", "_")):
                 found.setdefault(spelling, place)
     return found
