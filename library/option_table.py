@@ -118,7 +118,7 @@ SAVING = _group(
 
 METADATA = _group(
     "Metadata in the saved file",
-    Opt("no_metadata", "flag", False, "only what is needed to load the file"),
+    Opt("no_metadata", "flag", False, "only the model spec and what loaders read"),
     Opt("training_comment", "str", None, "any text"),
     Opt("metadata_title", "str", None, "--output_name if not set"),
     Opt("metadata_author", "str", None, "who made it"),
