@@ -278,7 +278,7 @@ class AdapterNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Parameter groups and what to call them: one per learning rate and, with LoRA+, per kind of matrix.
 
-        Modules whose learning rate is 0 are left out and listed in `untrained`.
+        Modules whose learning rate is 0 are left out, get no gradient and are listed in `untrained`.
         """
         general = unet_lr if unet_lr is not None else default_lr
         rates = list(dict.fromkeys(self.learning_rates.values()))
@@ -300,6 +300,8 @@ class AdapterNetwork(nn.Module):
                     groups.append({"params": params, "lr": rate * ratio})
                     names.append(label + suffix)
         self.untrained = tuple(untrained)
+        for name in untrained:
+            self.adapters[name].requires_grad_(False)
         if not groups:
             raise ConfigError("no module of the network has a learning rate above 0; set --learning_rate or --unet_lr")
         return groups, names

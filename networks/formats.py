@@ -96,11 +96,14 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def detect_format(keys: Iterable[str]) -> str:
-    """Name of the format in FORMATS whose prefix and words most modules have, else `"other"`."""
+    """Name of the format in FORMATS whose prefix most modules have, else `"other"`.
+
+    Adapters of other kinds count by their prefix; plain LoRA have to have the format's words as well.
+    """
     votes: dict[str, int] = defaultdict(int)
     for key in keys:
         for f in FORMATS.values():
-            if key.startswith(f.prefix) and key.endswith(f.down):
+            if key.startswith(f.prefix) and (key.endswith(f".{f.down}") or split_key(key) is None):
                 votes[f.name] += 1
     return max(votes, key=lambda name: votes[name]) if votes else "other"
 
@@ -155,6 +158,11 @@ def _sort_keys(keys: Iterable[str], places: Mapping[str, Place]) -> tuple[dict[s
         else:
             strange.append(key)
     return modules, strange
+
+
+def unknown_keys(keys: Iterable[str], layout: Layout) -> list[str]:
+    """The LoRA keys, in any format, that name no module of the model."""
+    return _sort_keys(keys, places_of(layout))[1]
 
 
 def _refuse(strange: list[str], total: int, layout: Layout, source: str) -> None:
@@ -312,15 +320,49 @@ def check_file(path: Any, layout: Layout, family: Any = None) -> tuple[int, int,
 
 
 def check_keys(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[int, int, list[str]]:
-    """`check_file` for keys and shapes."""
-    places = places_of(layout)
-    spelled, wrong = _sort_keys(shapes, places)
-    for module, keys in spelled.items():
-        place = _find(module, places)
-        down, up = shapes.get(keys.get("down", "")), shapes.get(keys.get("up", ""))
-        if not down or not up or down[0] != up[1] or up[0] != place.rows or down[1] != place.entry.shape[1]:
+    """`check_file` for keys and shapes. A file whose prefix is a known format's has to have that format's names.
+
+    Of adapters of other kinds (third-party networks) the names are checked, not the shapes.
+    """
+    places = _format_places(detect_format(shapes), layout)
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    wrong = []
+    for key in shapes:
+        stem, role = split_key(key) or ("", "")
+        if (stem or _known_stem(key, places)) not in places:
+            wrong.append(key)
+        elif role:
+            modules[stem][role] = key
+    for stem, keys in modules.items():
+        if keys.keys() != {"alpha"} and not _fits(keys, shapes, places[stem]):
             wrong += keys.values()
     return len(shapes) - len(wrong), len(shapes), sorted(wrong)
+
+
+def _format_places(format_name: str, layout: Layout) -> Mapping[str, Place]:
+    """Every module name, prefix included, that a file of this format may have."""
+    places = places_of(layout)
+    form = FORMATS.get(format_name)
+    if form is None:
+        return {prefix + name: place for prefix in PREFIXES for name, place in places.items()}
+    if form.layout == "original":
+        names = list(layout.their_modules)
+    else:
+        names = [ours.removesuffix(".weight") for entry in layout.their_modules.values() for ours in entry.ours]
+    return {form.prefix + n.replace(".", form.separator): places[n] for n in names if n in places}
+
+
+def _known_stem(key: str, places: Mapping[str, Place]) -> str:
+    """The longest beginning of a key, at a dot, that is a module's name."""
+    stem = key.rpartition(".")[0]
+    while stem and stem not in places:
+        stem = stem.rpartition(".")[0]
+    return stem
+
+
+def _fits(keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], place: Place) -> bool:
+    down, up = shapes.get(keys.get("down", "")), shapes.get(keys.get("up", ""))
+    return bool(down and up) and down[0] == up[1] and up[0] == place.rows and down[1] == place.entry.shape[1]
 
 
 def save_file(

@@ -79,7 +79,11 @@ class LoRA(Adapter):
         return {"lora_up.weight"}
 
     def content(self) -> dict[str, Any]:
-        return {"down": self.lora_down.weight.detach(), "up": self.lora_up.weight.detach(), "alpha": float(self.alpha)}
+        return {
+            "down": self.lora_down.weight.detach(),
+            "up": self.lora_up.weight.detach(),
+            "alpha": self.scale * self.rank,
+        }
 
     @torch.no_grad()
     def load(self, content: Mapping[str, Any], source: str) -> None:

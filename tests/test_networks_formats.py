@@ -293,6 +293,13 @@ def test_checking_counts_wrong_names_and_wrong_shapes(modules, layout):
     assert wrong[0] == "lora_unet_blocks_0_mlp_1.alpha" and all("blocks_1_mlp_2" in key for key in wrong[1:])
 
 
+def test_third_party_adapters_are_checked_by_name(layout):
+    shapes = {f"lora_unet_blocks_0_mlp_0.{leaf}": (2, 2) for leaf in ("lokr_w1", "lokr_w2", "alpha")}
+    assert formats.check_keys(shapes, layout)[:2] == (3, 3)
+    shapes["lora_unet_layers_0_to_q.lokr_w1"] = (2, 2)  # a slice under this prefix is a name that ComfyUI drops
+    assert formats.check_keys(shapes, layout) == (3, 4, ["lora_unet_layers_0_to_q.lokr_w1"])
+
+
 # ---- hashes, by sd-scripts' rule
 
 
