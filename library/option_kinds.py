@@ -168,7 +168,10 @@ def _range(value: Any) -> tuple[float, float]:
 
 def _int_or_ratio(value: Any) -> int | float:
     if isinstance(value, str) and value.strip().endswith("%"):
-        value = _float(value.strip()[:-1]) / 100
+        ratio = _float(value.strip()[:-1]) / 100
+        if not 0 <= ratio <= 1:
+            raise ValueError("expected 0% to 100%")
+        return ratio
     number = _float(value)
     if number < 0 or (number >= 1 and number != int(number)):
         raise ValueError("expected a number of steps, a ratio below 1 or a percentage")
