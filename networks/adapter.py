@@ -265,7 +265,8 @@ class AdapterNetwork(nn.Module):
             adapter.requires_grad_(name not in self.untrained)
 
     def on_epoch_start(self, text_encoder: Any, unet: nn.Module) -> None:
-        self.train()
+        if not self.training:  # it walks all modules, and this is called at every step
+            self.train()
 
     def on_step_start(self, text_encoder: Any, unet: nn.Module) -> None:
         """Nothing is kept from one step to the next."""
