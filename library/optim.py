@@ -123,13 +123,17 @@ def uses_relative_step(options: Options) -> bool:
     return bool(given.get("relative_step", True) or given.get("warmup_init", False))
 
 
-def check(options: Options) -> None:
-    """Build the optimizer and the schedule for one dummy parameter, so that mistakes show before anything loads."""
+def check(options: Options, total_steps: int | None = None) -> None:
+    """Build the optimizer and the schedule for one dummy parameter, so that mistakes show before anything loads.
+
+    `total_steps` is the length of the run where it is known already (--max_train_epochs needs the dataset for it).
+    """
     import torch
 
     rate = options.learning_rate if options.unet_lr is None else options.unet_lr
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": rate, "name": "check"}
-    create_scheduler(options, create_optimizer(options, [group]), options.max_train_steps)
+    length = total_steps or (options.max_train_steps if not options.max_train_epochs else 2**31)
+    create_scheduler(options, create_optimizer(options, [group]), length)
 
 
 def create_optimizer(options: Options, groups: list[dict[str, Any]]) -> Optimizer:

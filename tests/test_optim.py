@@ -212,8 +212,11 @@ def test_adafactor_finds_its_rate_or_takes_ours():
 
 def test_check_finds_mistakes_without_a_model():
     optim.check(parse("--optimizer_type", "AdamW", "--lr_scheduler", "cosine"))
+    optim.check(parse("--max_train_epochs", "1000", "--lr_scheduler", "linear", "--lr_warmup_steps", "2000"))
     with pytest.raises(ConfigError, match="no such argument"):
         optim.check(parse("--optimizer_args", "x=1"))
+    with pytest.raises(ConfigError, match="more than the run's 100 steps"):
+        optim.check(parse("--max_train_steps", "100", "--lr_scheduler", "linear", "--lr_warmup_steps", "2000"))
 
 
 def test_only_the_package_that_was_asked_for_is_imported():
