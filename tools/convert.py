@@ -1,0 +1,83 @@
+"""Convert a LoRA between file formats: python tools/convert.py SRC DST --to comfy|kohya|diffusers
+
+Metadata is kept and hashes are recomputed. Widths come from the base model: from `--base FILE` (only its header is
+read), or without it from the family's released size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.errors import ConfigError, run
+from library.families import FAMILIES, get_family
+
+
+def arguments() -> argparse.Namespace:
+    from networks.formats import FORMATS
+
+    parser = argparse.ArgumentParser(description="Convert a LoRA between file formats, metadata kept.")
+    parser.add_argument("source", type=Path, metavar="SRC", help="a LoRA in any known format (.safetensors)")
+    parser.add_argument("target", type=Path, metavar="DST", help="the file to write (.safetensors)")
+    parser.add_argument("--to", required=True, choices=list(FORMATS), help="format to write")
+    parser.add_argument(
+        "--model_type", choices=list(FAMILIES), help="family; default: the one whose names the file has"
+    )
+    parser.add_argument("--base", type=Path, help="the denoiser's file, for a model that is not of the released size")
+    return parser.parse_args()
+
+
+def convert(source: Path, target: Path, to: str, model_type: str | None = None, base: Path | None = None) -> str:
+    """Convert one file; returns lines for people. Raises ConfigError if it is not a LoRA of a known family."""
+    from library.checkpoints import layout_of
+
+    from networks import formats
+
+    if source.resolve() == target.resolve():
+        raise ConfigError(f"{target} is the source itself; name another file")
+    tensors = formats.load_file(source)
+    if not formats.is_lora(tensors):
+        raise ConfigError(f"{source} is not a LoRA: none of its {len(tensors)} keys is an adapter's")
+    metadata = formats.header_of(source)[1]
+    names = [model_type] if model_type else list(FAMILIES)
+    errors = []
+    for name in names:
+        layout = layout_of(get_family(name).denoiser, base)
+        try:
+            modules = formats.read(tensors, layout, str(source))
+            break
+        except ConfigError as error:
+            errors.append(f"{name}: {error}")
+    else:
+        hint = "" if base else " (for a model that is not of the released size give --base FILE)"
+        raise ConfigError("; ".join(errors) + hint)
+    before = formats.detect_format(tensors)
+    dtype = next(value.dtype for key, value in tensors.items() if formats.split_key(key)[1] == "down")
+    line = formats.save_file(modules, target, to, layout, dtype, metadata)
+    return "\n".join([f"{source} ({before}) -> {target} ({to}): {len(modules)} modules, {line}", *cost(modules, to)])
+
+
+def cost(modules: dict, to: str) -> list[str]:
+    """What putting separate q, k, v adapters on fused modules costs, if it had to be done."""
+    from networks.formats import FORMATS
+
+    joined = {name: content for name, content in modules.items() if content.get("blocks", 1) > 1}
+    if not joined or FORMATS[to].layout != "original":
+        return []
+    ranks = sorted({content["down"].shape[0] for content in joined.values()})
+    return [
+        f"{len(joined)} fused modules hold several separate adapters side by side, exactly, at rank "
+        f"{', '.join(map(str, ranks))}: the sum of theirs"
+    ]
+
+
+def main() -> None:
+    options = arguments()
+    print(convert(options.source, options.target, options.to, options.model_type, options.base))
+
+
+if __name__ == "__main__":
+    run(main)
