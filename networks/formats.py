@@ -281,37 +281,34 @@ def _pieces(form: Format, name: str, entry: Entry, content: Mapping[str, Any]) -
         ones = [1] * (len(entry.shape) - 2)
         return [(name, down.reshape(rank, *entry.shape[1:]), up.reshape(out, rank, *ones))]
     rows = entry.op.to_ours(up, (out, rank)) if entry.op else up
-    ones = [1] * (down.ndim - 2)
-    names = [ours.removesuffix(".weight") for ours in entry.ours]
+    parts = rows.split(list(entry.sizes))
+    ones, used = [1] * (down.ndim - 2), [part.abs().amax(0) > 0 for part in parts]
+    apart = len(parts) > 1 and sum(u.int() for u in used).max() == 1  # blocks side by side: each has ranks of its own
     pieces = []
-    for module, part in zip(names, rows.split(list(entry.sizes)), strict=True):
-        own = down
-        used = part.abs().amax(0) > 0
-        if len(names) > 1 and used.any():  # columns of another slice's block are zero and need not be written
-            own, part = down[used], part[:, used]
-        pieces.append((module, own, part.reshape(*part.shape, *ones)))
+    for ours, part, own in zip(entry.ours, parts, used, strict=True):
+        first = down
+        if apart and own.any():
+            first, part = down[own], part[:, own]
+        pieces.append((ours.removesuffix(".weight"), first, part.reshape(*part.shape, *ones)))
     return pieces
 
 
 def load_file(path: Any) -> dict[str, Tensor]:
-    """All tensors of a .safetensors file on the CPU. Raises ConfigError if it cannot be read."""
-    from safetensors import SafetensorError
+    """All tensors of a .safetensors file on the CPU. Raises ConfigError if it is missing, damaged or something else."""
     from safetensors.torch import load_file as load
 
-    try:
-        return load(str(path))
-    except FileNotFoundError:
-        raise ConfigError(f"LoRA file {path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as a safetensors file ({error}); is it complete?") from None
+    from library.headers import read_header
+
+    read_header(path)
+    return load(str(path))
 
 
 def header_of(path: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """(key -> shape, metadata) from a file's header."""
-    from library.checkpoints import read_header
+    from library.headers import read_header
 
-    header = read_header(Path(path))
-    return dict(header.shapes), dict(header.metadata)
+    header = read_header(path)
+    return header.shapes, dict(header.metadata)
 
 
 def check_file(path: Any, layout: Layout, family: Any = None) -> tuple[int, int, list[str]]:

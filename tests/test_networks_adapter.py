@@ -220,7 +220,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
     assert not torch.equal(other.adapters[name].lora_down.weight, network.adapters[name].lora_down.weight)
     bound = 1 / 16**0.5  # kaiming_uniform(a = sqrt 5) is uniform in +-1/sqrt(inputs)
     values = network.adapters[name].lora_down.weight
-    assert 0.8 * bound < float(values.abs().max()) <= bound
+    assert 0.8 * bound < values.abs().max().item() <= bound
 
 
 def test_scale_weight_norms_shrinks_exactly_the_updates_above_the_limit():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from networks_support import fill, images, tiny
+from safetensors import safe_open
 
 from library.errors import ConfigError
 from networks import lora
@@ -187,3 +188,34 @@ def test_base_weights_are_merged_with_their_multiplier_as_sd_scripts_does_it():
     network.merge_to(None, merged, tensors, torch.float32, "cpu")
     torch.testing.assert_close(merged(images()), attached(images()), rtol=1e-5, atol=1e-5)
     assert network.is_mergeable() and not any("forward" in m.__dict__ for m in merged.modules())
+
+
+@pytest.mark.parametrize("form", ["comfy", "kohya", "diffusers"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_save_is_checked_hashed_and_loads_again(tmp_path, form, dtype):
+    network = fill(create(dim=4, alpha=1.0))
+    network.save_format = form
+    path = tmp_path / "x.safetensors"
+    line = network.save_weights(str(path), dtype, {"ss_output_name": "x", "modelspec.title": "y"})
+    with safe_open(path, "pt") as file:
+        keys, metadata = list(file.keys()), file.metadata()
+        values = {file.get_tensor(key).dtype for key in keys if not key.endswith(".alpha")}
+    assert line == f"{len(keys)}/{len(keys)} keys match"
+    assert values == {dtype or torch.float32}
+    assert {"ss_output_name", "modelspec.title", "sshs_model_hash", "sshs_legacy_hash"} == metadata.keys()
+    again = create(dim=4, alpha=None)
+    again.load_weights(path)
+    for name, adapter in network.adapters.items():
+        expected = adapter.delta().detach()
+        error = again.adapters[name].delta().detach() - expected
+        assert float(error.norm() / expected.norm()) < (1e-2 if dtype else 1e-6)
+
+
+def test_a_file_that_is_no_lora_or_is_cut_short_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    fill(create()).save_weights(path, None, {})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="x.safetensors is truncated"):
+        create().load_weights(path)
+    with pytest.raises(ConfigError, match="y.safetensors"):
+        create().load_weights(tmp_path / "y.safetensors")
