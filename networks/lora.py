@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import ConfigError, nearest
+from library.layout import Layout
 from networks.adapter import Adapter, AdapterNetwork, Dropout, Target, Weight, seeded_generator, targets_of
 
 ARGS = {
@@ -253,15 +254,23 @@ def choose(targets: Mapping[str, Target], adapted: Sequence[str], settings: Sett
     return chosen
 
 
-def _binding(unet: nn.Module) -> Any:
+def original_layout(unet: nn.Module) -> Layout:
+    """The denoiser's layout under the original names, also where it was loaded from a file with diffusers' names."""
     binding = getattr(unet, "binding", None)
     if binding is None:
         raise ConfigError("the denoiser has no layout: load it with library.checkpoints.load_part")
-    return binding
+    part = getattr(binding, "part", None)
+    name = next(iter(part.layouts)) if part else binding.layout.name
+    if name == binding.layout.name:
+        return binding.layout
+    from library.checkpoints import rows_of
+
+    shapes = binding.layout.shapes
+    return Layout(name, rows_of(part, name, shapes), shapes)
 
 
-def _build(make: Callable[[], list[LoRA]], unet: nn.Module, settings: Settings, multiplier: float) -> AdapterNetwork:
-    network = AdapterNetwork(make(), _binding(unet).layout, multiplier=multiplier)
+def _build(make: Callable[[], list[LoRA]], layout: Layout, settings: Settings, multiplier: float) -> AdapterNetwork:
+    network = AdapterNetwork(make(), layout, multiplier=multiplier)
     rates = {name: last_match(name, settings.reg_lrs) for name in network.adapters}
     network.learning_rates = {name: rate for name, rate in rates.items() if rate is not None}
     network.plus_ratio = settings.plus_ratio
@@ -285,7 +294,8 @@ def create_network(
     settings, dim = parse_args(kwargs, neuron_dropout), 4 if network_dim is None else int(network_dim)
     if dim < 1:
         raise ConfigError(f"network_dim {network_dim} is below 1")
-    chosen = choose(targets_of(unet, _binding(unet).layout), getattr(_binding(unet), "adapted", ()), settings)
+    layout = original_layout(unet)
+    chosen = choose(targets_of(unet, layout), getattr(unet.binding, "adapted", ()), settings)
 
     def make() -> list[LoRA]:
         adapters = []
@@ -299,7 +309,7 @@ def create_network(
             raise ConfigError("network_args: network_reg_dims gives every module rank 0")
         return adapters
 
-    return _build(make, unet, settings, multiplier)
+    return _build(make, layout, settings, multiplier)
 
 
 def create_network_from_weights(
@@ -315,11 +325,11 @@ def create_network_from_weights(
     """A network with a file's modules, ranks and alphas, and the file's tensors; `load_weights` loads its values."""
     from networks import formats
 
-    settings, binding = parse_args(kwargs), _binding(unet)
+    settings, layout = parse_args(kwargs), original_layout(unet)
     tensors = formats.load_file(file) if weights_sd is None else weights_sd
     modules, targets = (
-        formats.read(tensors, binding.layout, str(file or "the given weights")),
-        targets_of(unet, binding.layout),
+        formats.read(tensors, layout, str(file or "the given weights")),
+        targets_of(unet, layout),
     )
     if strange := sorted(modules.keys() - targets.keys()):
         raise ConfigError(f"{file}: {strange[0]} is not a layer that can take a LoRA")
@@ -329,4 +339,4 @@ def create_network_from_weights(
         contents = modules.items()
         return [LoRA(targets[n], c["down"].shape[0], c["alpha"], settings.dropout) for n, c in contents]
 
-    return _build(make, unet, settings, multiplier), tensors
+    return _build(make, layout, settings, multiplier), tensors

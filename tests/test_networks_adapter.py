@@ -235,7 +235,7 @@ def test_scale_weight_norms_shrinks_exactly_the_updates_above_the_limit():
     after = norms()
     assert count == int((before > limit).sum()) > 0
     torch.testing.assert_close(after, before.clamp(max=limit), rtol=1e-4, atol=1e-6)
-    assert abs(mean - float(after.mean())) < 1e-4 and abs(largest - limit) < 1e-4
+    assert abs(mean - after.mean().item()) < 1e-4 and abs(largest - limit) < 1e-4
 
 
 def test_update_sizes_are_the_ratio_of_the_frobenius_norms_of_the_original_weights():

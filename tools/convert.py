@@ -9,11 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import ConfigError, run
 from library.families import FAMILIES, get_family
+
+if TYPE_CHECKING:
+    from library.families.family import Part
+    from library.layout import Layout
 
 
 def arguments() -> argparse.Namespace:
@@ -32,8 +37,6 @@ def arguments() -> argparse.Namespace:
 
 def convert(source: Path, target: Path, to: str, model_type: str | None = None, base: Path | None = None) -> str:
     """Convert one file; returns lines for people. Raises ConfigError if it is not a LoRA of a known family."""
-    from library.checkpoints import layout_of
-
     from networks import formats
 
     if source.resolve() == target.resolve():
@@ -58,6 +61,23 @@ def convert(source: Path, target: Path, to: str, model_type: str | None = None, 
     dtype = next(value.dtype for key, value in tensors.items() if formats.split_key(key)[1] == "down")
     line = formats.save_file(modules, target, to, layout, dtype, metadata)
     return "\n".join([f"{source} ({before}) -> {target} ({to}): {len(modules)} modules, {line}", *cost(modules, to)])
+
+
+def layout_of(part: Part, base: Path | None) -> Layout:
+    """The original layout of a model of the base file's size, or of the released size, built on the meta device."""
+    import torch
+
+    from library.checkpoints import find_part, rows_of
+    from library.layout import Layout, shapes_of
+
+    config = {}
+    if base:
+        checkpoint, name = find_part(part, base)
+        config = part.config(checkpoint.shapes, checkpoint.metadata, name)
+    with torch.device("meta"):
+        shapes = shapes_of(part.build(config))
+    name = next(iter(part.layouts))
+    return Layout(name, rows_of(part, name, shapes), shapes)
 
 
 def cost(modules: dict, to: str) -> list[str]:
