@@ -8,35 +8,15 @@ import pytest
 import torch
 from networks_support import fill, tiny
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
+from library.checkpoints import load_part
 from library.errors import ConfigError
-from library.layout import Layout, block, row, shapes_of
+from library.families.z_image import Z_IMAGE
+from library.layout import Layout, shapes_of
 from networks import formats, lora
 from networks.adapter import targets_of
 
-Z_BLOCK = [
-    row("attention.qkv", "attention.to_q", "attention.to_k", "attention.to_v"),
-    row("attention.out", "attention.to_out.0"),
-    row("attention.q_norm", "attention.norm_q"),
-    row("attention.k_norm", "attention.norm_k"),
-    row("feed_forward"),
-    row("ffn_norm1"),
-    row("ffn_norm2"),
-    row("attention_norm1"),
-    row("attention_norm2"),
-]
-Z_IMAGE = [
-    row("x_embedder", "all_x_embedder.2-1"),
-    row("final_layer", "all_final_layer.2-1"),
-    row("t_embedder"),
-    row("cap_embedder"),
-    row("x_pad_token"),
-    row("cap_pad_token"),
-    *block("context_refiner.{i}", "context_refiner.{i}", *Z_BLOCK),
-    *block("noise_refiner.{i}", "noise_refiner.{i}", *Z_BLOCK, row("adaLN_modulation")),
-    *block("layers.{i}", "layers.{i}", *Z_BLOCK, row("adaLN_modulation")),
-]
 DATA = Path(__file__).parent / "data"
 EVERYTHING = ("blocks", "img_in", "patch", "mix", "final")
 
@@ -67,11 +47,9 @@ def layout():
 @pytest.fixture(scope="module")
 def full_size():
     """Layout and adaptable modules of the full-size model, on the meta device."""
-    from diffusers import ZImageTransformer2DModel
-
     with torch.device("meta"):
-        model = ZImageTransformer2DModel()
-    layout = Layout("original", Z_IMAGE, shapes_of(model))
+        model = Z_IMAGE.denoiser.build({})
+    layout = Layout("comfy", Z_IMAGE.denoiser.layouts["comfy"], shapes_of(model))
     return layout, targets_of(model, layout)
 
 
@@ -107,30 +85,23 @@ def test_every_key_of_every_format_names_for_comfyui_the_very_rows_that_were_tra
 # ---- an independent implementation's weights, inputs and outputs
 
 
-def golden_model(golden, config):
-    from diffusers import ZImageTransformer2DModel
-
-    model = ZImageTransformer2DModel(**config)
-    width = config["dim"]
-    model.t_embedder.mlp = torch.nn.Sequential(
-        torch.nn.Linear(256, width), torch.nn.SiLU(), torch.nn.Linear(width, width)
-    )
-    layout = Layout("original", Z_IMAGE, shapes_of(model))
-    model.load_state_dict(layout.to_ours({k[5:]: v for k, v in golden.items() if k.startswith("ckpt.")}))
-    model.requires_grad_(False)
-    model.binding = SimpleNamespace(layout=layout, adapted=("layers", "noise_refiner", "context_refiner"))
-    return model
-
-
 @pytest.fixture(scope="module")
-def golden():
+def golden(tmp_path_factory):
     with safe_open(DATA / "golden" / "z_image.safetensors", "pt") as file:
-        config, scale = json.loads(file.metadata()["diffusers_config"]), float(file.metadata()["lora_scale"])
+        scale = float(file.metadata()["lora_scale"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     weights = {f"diffusion_model.{k[5:]}": v for k, v in tensors.items() if k.startswith("lora.")}
     for key in [k for k in weights if k.endswith("lora_A.weight")]:
         weights[key.replace("lora_A.weight", "alpha")] = torch.tensor(scale * weights[key].shape[0])
-    return SimpleNamespace(tensors=tensors, weights=weights, model=lambda: golden_model(tensors, config))
+    path = tmp_path_factory.mktemp("golden") / "denoiser.safetensors"
+    save_file({k[5:]: v for k, v in tensors.items() if k.startswith("ckpt.")}, path)
+
+    def model():
+        loaded = load_part(Z_IMAGE.denoiser, path, dtype=torch.float32).requires_grad_(False)
+        loaded.binding.adapted = Z_IMAGE.adapted
+        return loaded
+
+    return SimpleNamespace(tensors=tensors, weights=weights, model=model, path=path)
 
 
 def velocity(model, golden, case):
@@ -138,13 +109,13 @@ def velocity(model, golden, case):
         k.removeprefix(f"case.{case}.in."): v for k, v in golden.tensors.items() if k.startswith(f"case.{case}.in.")
     }
     texts = list(inputs["context"]) if "context" in inputs else [inputs["context.0"], inputs["context.1"]]
-    out = model([x[:, None] for x in inputs["x"]], 1 - inputs["timestep"], texts, return_dict=False)[0]
-    return -torch.stack([o[:, 0] for o in out])
+    with torch.no_grad():
+        return Z_IMAGE.predict(model, inputs["x"], inputs["timestep"], [{"text": text} for text in texts])
 
 
 def error(out, golden, name) -> float:
     expected = golden.tensors[name]
-    return float((out.detach() - expected).abs().max() / expected.abs().max())
+    return float((out - expected).abs().max() / expected.abs().max())
 
 
 def test_a_comfy_file_attached_or_merged_gives_the_output_of_an_independent_implementation(golden):
@@ -161,6 +132,18 @@ def test_a_comfy_file_attached_or_merged_gives_the_output_of_an_independent_impl
         assert error(velocity(golden.model(), golden, case), golden, f"case.{case}.out_lora") > 0.01
         assert error(velocity(attached, golden, case), golden, f"case.{case}.out_lora") < 1e-4
         assert error(velocity(merged, golden, case), golden, f"case.{case}.out_lora") < 1e-4
+
+
+def test_a_model_from_a_diffusers_folder_is_adapted_under_the_same_original_names(golden, tmp_path):
+    model = golden.model()
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "diffusion_pytorch_model.safetensors"
+    )
+    other = load_part(Z_IMAGE.denoiser, tmp_path / "diffusion_pytorch_model.safetensors", dtype=torch.float32)
+    assert other.binding.layout.name == "diffusers"
+    other.binding.adapted = Z_IMAGE.adapted
+    names = [list(lora.create_network(1.0, 4, 4, None, None, m).adapters) for m in (model, other)]
+    assert names[0] == names[1] and "layers.0.attention.qkv" in names[0] and len(names[0]) == 6 * 5 + 4
 
 
 def test_diffusers_loads_the_diffusers_file_and_gives_the_same_output(golden):
