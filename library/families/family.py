@@ -29,14 +29,20 @@ class Part:
     """One component whose weights come from a file: the denoiser, a VAE or a text encoder."""
 
     name: str  # "denoiser", "vae", "text_encoder", "byt5", ...
+    title: str  # for people, with an article: "a Z-Image denoiser"
     option: str  # the option that holds its path
-    layouts: Mapping[str, Sequence[Row]]  # layout name -> table; the first is what the released file has
-    config: Callable[[Shapes, Mapping[str, str]], dict[str, Any]]  # shapes under the *first* layout's names, header metadata
-    build: Callable[[dict[str, Any]], "torch.nn.Module"]  # from that configuration, on whatever device is current
-    recognise: Callable[[Shapes], str | None]  # variant name if a file with these (prefix-free) keys is this part
+    layouts: Mapping[str, Sequence[Row] | Callable[[Shapes], Sequence[Row]]]  # name -> table, or table from our shapes
+    recognise: Callable[[Shapes], str | None]  # name of the layout that (prefix-free) keys are in, None = another model
+    config: Callable[[Shapes, Mapping[str, str], str], dict[str, Any]]  # from the file's shapes, metadata and layout
+    build: Callable[[dict[str, Any]], torch.nn.Module]  # from that configuration, on whatever device is current
     prefixes: tuple[str, ...] = ("",)  # container prefixes under which the part is found, tried in order
-    ignored: tuple[str, ...] = ()  # original keys that a file may carry and no model reads; kept by a full save
+    carried: tuple[str, ...] = ()  # keys that a file may hold and no model reads; a full save writes them back
     diffusers_folder: str = ""  # sub-folder of a diffusers repository that holds this part
+    finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
+
+    def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""
+        return key in self.carried or 0 in shape
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ class Family:
     denoiser: Part
     vae: Part
     text_encoders: tuple[Part, ...]
-    tokenize: Callable[..., Any]  # (tokenizers, caption) -> token ids and how many tokens were cut: (ids, n_cut)
+    tokenizers: Callable[..., list[Any]]  # (options) -> the tokenizers, in the order of the text encoders
+    tokenizer_paths: Callable[..., list[str]]  # (options) -> the folder, file or hub id of each; no import, no network
+    tokenize: Callable[..., tuple[Any, str]]  # (tokenizers, caption) -> (token ids, the part of the caption that is cut)
     encode: Callable[..., Cond]  # (text_encoders, tokenizers, caption, device) -> Cond of one caption, on the CPU
     encode_image: Callable[..., "Tensor"]  # (vae, pixels [B,3,H,W] in [-1,1]) -> normalised latents [B,C,h,w]
     decode_latents: Callable[..., "Tensor"]  # (vae, latents) -> pixels [B,3,H,W] in [-1,1]

@@ -1,0 +1,337 @@
+"""The only reader and writer of weights.
+
+Reads single files, sharded files, diffusers folders, parts inside all-in-one containers, quantised companions; what
+it returns are views of the memory map wherever the stored number format is the wanted one. Writes under a temporary
+name, verifies, renames. torch is imported only where a tensor is touched, so that headers can be checked in no time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import ConfigError, DiskError
+from library.headers import BITS, Header, TensorInfo, read_header
+from library.layout import Layout, Row, Shape, shapes_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from library.families.family import Part
+
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+@dataclass
+class Binding:
+    """What a loaded part remembers of its file, so that a save can write it back."""
+
+    part: Part
+    layout: Layout
+    extras: dict[str, Tensor]  # keys of the file that no module reads, without prefix
+    metadata: dict[str, str]
+    prefix: str
+    source: Path
+    adapted: tuple[str, ...] = ()
+
+
+@dataclass
+class Checkpoint:
+    """One model's files as one table of tensors. `prefix` is stripped from the keys once a part is chosen."""
+
+    path: Path
+    headers: tuple[Header, ...]
+    prefix: str = ""
+    folder: bool = False  # a diffusers folder
+    files: dict[str, Header] = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.prefix)
+        self.files = {key[n:]: h for h in self.headers for key in h.tensors if key.startswith(self.prefix)}
+
+    @classmethod
+    def open(cls, path: Path | str, subfolder: str = "") -> Checkpoint:
+        """Open a file, a folder or a sharded set by its headers. Raises ConfigError naming what is wrong."""
+        path = Path(path)
+        if path.is_dir():
+            inner = path / subfolder if subfolder and (path / subfolder).is_dir() else path
+            return cls(path, tuple(read_header(p) for p in _files_of(inner)), folder=True)
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file or folder")
+        if path.name.endswith(".index.json"):
+            return cls(path, tuple(read_header(p) for p in _shards(path)))
+        return cls(path, (read_header(path),))
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {k: v for h in self.headers for k, v in h.metadata.items()}
+
+    def info(self, key: str) -> TensorInfo:
+        return self.files[key].tensors[self.prefix + key]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes once dequantised, without quantisation companions."""
+        from library import quantised
+
+        raw = {key: self.info(key).shape for key in self.files}
+        return {key: quantised.stored_shape(key, raw) for key in raw if not quantised.is_companion(key)}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {key: self.info(key).dtype for key in self.files}
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.info(key).end - self.info(key).start for key in self.files)
+
+    def with_prefix(self, prefix: str) -> Checkpoint:
+        return Checkpoint(self.path, self.headers, prefix, self.folder)
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Reader]:
+        with contextlib.ExitStack() as stack:
+            yield Reader(self, stack)
+
+
+class Reader:
+    """Tensors of an open checkpoint: views of the memory map, dequantised where they are quantised."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: contextlib.ExitStack) -> None:
+        from safetensors import safe_open
+
+        self.checkpoint = checkpoint
+        self.open = {h.path: stack.enter_context(safe_open(h.path, framework="pt")) for h in checkpoint.headers}
+
+    def raw(self, key: str) -> Tensor | None:
+        header = self.checkpoint.files.get(key)
+        return self.open[header.path].get_tensor(self.checkpoint.prefix + key) if header else None
+
+    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `dtype` (None = as stored, quantised ones in bfloat16); a view if nothing has to change."""
+        import torch
+
+        from library import quantised
+
+        value = self.raw(key)
+        if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8) and key.endswith(".weight"):
+            return quantised.dequantise(key, value, self.raw, dtype or torch.bfloat16)
+        if dtype is None or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        return value.to(dtype)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        return _shards(index[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder}: no safetensors file in this folder")
+    if len(files) > 1:
+        names = ", ".join(p.name for p in files[:3])
+        raise ConfigError(f"{folder}: {len(files)} safetensors files and no index ({names}); name one of them")
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ConfigError(f"{index} is not an index of shards (no 'weight_map'); load it anew") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ConfigError(f"{index} points outside of its folder ({name!r}); it is not used")
+        if not (index.parent / name).is_file():
+            raise ConfigError(f"{index.parent / name} is missing; the index {index.name} names it")
+    return [index.parent / name for name in sorted(names)]
+
+
+# ---------------------------------------------------------------- a part of a family
+
+
+def rows_of(part: Part, name: str, shapes: Mapping[str, Shape]) -> list[Row]:
+    """A layout's rows; a table that depends on the model's size is a function of our shapes."""
+    rows = part.layouts[name]
+    return list(rows(shapes) if callable(rows) else rows)
+
+
+def identity_rows(shapes: Mapping[str, Shape]) -> list[Row]:
+    """The layout of a file that already has our names."""
+    return [Row(key, (key,)) for key in shapes]
+
+
+def find_part(part: Part, path: Path | str) -> tuple[Checkpoint, str]:
+    """The checkpoint, its prefix stripped, and the layout's name. Raises ConfigError saying what the file is."""
+    checkpoint = Checkpoint.open(path, part.diffusers_folder)
+    for prefix in part.prefixes:
+        chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
+        layout = part.recognise(chosen.shapes)
+        if layout:
+            return chosen, layout
+    raise ConfigError(f"{path} is not {part.title}: it is {describe(checkpoint)}")
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    from library.fingerprints import identify
+
+    found = identify(checkpoint)
+    return found.sentence
+
+
+def load_part(
+    part: Part, path: Path | str, *, dtype: torch.dtype | None, device: Any = "cpu", config: dict | None = None
+) -> torch.nn.Module:
+    """A part's model with the file's weights, in `dtype` (None = as stored), with a `.binding`.
+
+    The size is read from the file. Weights that are stored in `dtype` are views of the memory map on the CPU.
+    Raises ConfigError once, naming all that is missing, extra or of the wrong shape.
+    """
+    import torch
+
+    checkpoint, layout_name = find_part(part, path)
+    shapes = checkpoint.shapes
+    config = part.config(shapes, checkpoint.metadata, layout_name) if config is None else config
+    with torch.device("meta"):
+        model = part.build(config)
+    ours = shapes_of(model)
+    layout = Layout(layout_name, rows_of(part, layout_name, ours), ours)
+    extras = _check(part, path, layout, shapes)
+    with checkpoint.reader() as reader:
+        state = {}
+        for entry in layout.entries:
+            pieces = entry.split(reader.tensor(entry.theirs, dtype), layout.our_shape(entry))
+            state.update((name, _place(piece, device)) for name, piece in zip(entry.ours, pieces, strict=True))
+        model.load_state_dict(state, strict=True, assign=True)
+        kept = {key: reader.raw(key).clone() for key in extras}
+    part.finish(model, device)
+    model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, Path(path))
+    return model
+
+
+def _place(tensor: Tensor, device: Any) -> Tensor:
+    return tensor if str(device) == "cpu" else tensor.to(device)
+
+
+def _check(part: Part, path: Path | str, layout: Layout, shapes: Mapping[str, Shape]) -> list[str]:
+    """Compare a file with the layout; returns the extras that are kept. One error for everything."""
+    wanted = layout.their_shapes
+    unknown = [key for key in shapes if key not in wanted]
+    extras = [key for key in unknown if part.may_carry(key, shapes[key])]
+    wrong = {
+        "missing": [key for key in wanted if key not in shapes],
+        "not known": [key for key in unknown if key not in extras],
+        "of another shape": [
+            f"{key} {list(shapes[key])} instead of {list(shape)}"
+            for key, shape in wanted.items()
+            if key in shapes and tuple(shapes[key]) != tuple(shape)
+        ],
+    }
+    faults = [f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})" for what, keys in wrong.items() if keys]
+    if faults:
+        raise ConfigError(f"{path} does not fit {part.title}: {'; '.join(faults)}")
+    return extras
+
+
+def check_part(part: Part, path: str | None, option: str) -> str:
+    """From the headers alone: is this file that part? Returns a line about it for the plan."""
+    if not path:
+        raise ConfigError(f"{option} is missing: give {part.title} (a file as ComfyUI uses it, or a diffusers folder)")
+    if not Path(path).exists():
+        raise ConfigError(f"{option} {path}: no such file or folder")
+    checkpoint, layout = find_part(part, path)
+    kinds = sorted({checkpoint.info(key).dtype for key in checkpoint.shapes})
+    count = sum(_numel(shape) for shape in checkpoint.shapes.values())
+    return f"{path}: {part.title}, {layout} names, {count / 1e6:,.1f} M parameters, {'/'.join(kinds)}"
+
+
+def _numel(shape: Shape) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def save_part(model: torch.nn.Module, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+    """Write a whole part under its original names, with the extras, prefix and header metadata that it came with."""
+    binding: Binding = model.binding
+    state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v) for k, v in model.state_dict().items()}
+    theirs = binding.layout.to_theirs(state) | binding.extras
+    tensors = {binding.prefix + key: value for key, value in theirs.items()}
+    save(tensors, path, {**binding.metadata, **metadata})
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file: temporary file, fsync, re-opened and compared, then renamed.
+
+    Raises DiskError when the disk is too small (found before writing) or cannot be written; nothing that has
+    the final name is ever incomplete, and an older file of that name stays until the new one is whole.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    check_writable(path.parent, size)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        ready = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
+        save_file(ready, partial, metadata={str(k): str(v) for k, v in (metadata or {}).items()})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        _verify(partial, ready)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise DiskError(f"{path} could not be written ({error.strerror or error}); make room or change the folder") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    header = read_header(path)
+    if header.shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
+        raise DiskError(f"{path} was written but reads back differently; the disk may be failing")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable where the system has directory handles (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):  # absent on Windows, where the rename itself is durable enough
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def check_writable(folder: Path | str, bytes_needed: int) -> None:
+    """Raises DiskError if the folder cannot be written or the disk has less room than that."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{uuid.uuid4().hex}.probe"
+        probe.write_bytes(b"x")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from None
+    if free < bytes_needed:
+        raise DiskError(f"{folder}: {bytes_needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free; make room")
+
+
+def dtype_bytes(dtype: str) -> float:
+    """Bytes of one value of a safetensors dtype."""
+    return BITS[dtype] / 8

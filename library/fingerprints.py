@@ -1,0 +1,184 @@
+"""What any weight file is, from its header alone: kind, family, variant, layout, format. No torch.
+
+Families that lorasmith trains are recognised by their own parts; for the others a table of distinguishing keys names
+the file, so that a mistaken path is answered with what the file is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from library.checkpoints import Checkpoint, rows_of
+from library.errors import ConfigError
+from library.families import FAMILIES, get_family
+from library.layout import Shape
+
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.", "first_stage_model.", "vae.")
+LORA_SUFFIXES = (
+    ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight",
+    ".lora_B.default.weight", ".alpha", ".dora_scale", ".lokr_w1", ".lokr_w2", ".hada_w1_a", ".hada_w1_b",
+)  # fmt: skip
+LORA_PREFIXES = {"comfy": "diffusion_model.", "kohya": "lora_unet_", "diffusers": "transformer."}
+
+# (kind, family, variant, title, keys that are all there). The first row that fits decides, so narrower rows come first.
+# Read off the key lists of the released files.
+TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
+    ("checkpoint", "sdxl", "", "an SDXL UNet", ("input_blocks.0.0.weight", "label_emb.0.0.weight", "input_blocks.4.1.proj_in.weight")),
+    ("checkpoint", "sd1", "", "an SD 1.x or 2.x UNet", ("input_blocks.0.0.weight", "input_blocks.1.1.proj_in.weight")),
+    ("checkpoint", "chroma", "", "a Chroma denoiser", ("distilled_guidance_layer.in_proj.weight",)),
+    ("checkpoint", "flux2", "", "a Flux 2 denoiser", ("double_stream_modulation_img.lin.weight",)),
+    ("checkpoint", "hunyuan_image", "", "a HunyuanImage-2.1 denoiser", ("byt5_in.fc1.weight", "double_blocks.0.img_attn_qkv.weight", "single_blocks.0.linear1.weight")),
+    ("checkpoint", "hunyuan_image", "", "a HunyuanImage-2.1 denoiser", ("byt5_in.fc1.weight", "single_blocks.0.linear1.weight")),
+    ("checkpoint", "hunyuan_video_15", "", "a HunyuanVideo-1.5 denoiser", ("byt5_in.fc1.weight", "cond_type_embedding.weight")),
+    ("checkpoint", "hunyuan_video", "", "a HunyuanVideo denoiser", ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "vector_in.in_layer.weight")),
+    ("checkpoint", "flux", "", "a Flux denoiser", ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")),
+    ("checkpoint", "sd3", "", "an SD3 denoiser", ("joint_blocks.0.x_block.attn.qkv.weight",)),
+    ("checkpoint", "qwen_image", "2511", "a Qwen-Image-Edit-2511 denoiser", ("transformer_blocks.0.img_mod.1.weight", "__index_timestep_zero__")),
+    ("checkpoint", "qwen_image", "", "a Qwen-Image denoiser", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight")),
+    ("checkpoint", "z_image", "", "a Z-Image denoiser", ("cap_pad_token", "layers.0.attention_norm1.weight")),
+    ("checkpoint", "omnigen2", "", "an OmniGen2 denoiser", ("ref_image_patch_embedder.weight", "image_index_embedding")),
+    ("checkpoint", "lumina_2", "", "a Lumina 2 denoiser", ("cap_embedder.1.weight", "layers.0.attention.qkv.weight")),
+    ("checkpoint", "auraflow", "", "an AuraFlow denoiser", ("register_tokens", "init_x_linear.weight")),
+    ("checkpoint", "hidream", "", "a HiDream denoiser", ("caption_projection.0.linear.weight", "double_stream_blocks.0.block.attn1.to_q.weight")),
+    ("checkpoint", "ltx_video", "", "an LTX-Video denoiser", ("patchify_proj.weight", "adaln_single.linear.weight")),
+    ("checkpoint", "wan", "i2v", "a Wan image-to-video denoiser", ("blocks.0.cross_attn.k_img.weight", "patch_embedding.weight")),
+    ("checkpoint", "wan", "", "a Wan denoiser", ("blocks.0.cross_attn.norm_k.weight", "patch_embedding.weight", "time_projection.1.weight")),
+    ("checkpoint", "anima", "", "an Anima denoiser", ("llm_adapter.embed.weight", "blocks.0.cross_attn.q_proj.weight")),
+    ("checkpoint", "cosmos_predict2", "", "a Cosmos-Predict2 denoiser", ("blocks.0.cross_attn.q_proj.weight", "blocks.0.adaln_modulation_mlp.1.weight")),
+    ("checkpoint", "cosmos", "", "a Cosmos 1.0 denoiser", ("blocks.block0.blocks.0.block.attn.to_q.0.weight",)),
+    ("vae", "wan", "2.2", "a Wan 2.2 VAE", ("decoder.middle.0.residual.0.gamma", "encoder.downsamples.0.downsamples.0.residual.2.weight")),
+    ("vae", "wan", "2.1", "a Wan 2.1 or Qwen-Image VAE", ("decoder.middle.0.residual.0.gamma", "encoder.conv1.weight")),
+    ("vae", "ltx_video", "", "an LTX-Video VAE", ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "per_channel_statistics.mean-of-means")),
+    ("vae", "cosmos", "", "a Cosmos VAE", ("encoder.conv_in.0.conv3d.weight",)),
+    ("vae", "hunyuan_video", "", "a HunyuanVideo VAE", ("encoder.down_blocks.0.resnets.0.conv1.conv.weight",)),
+    ("vae", "flux2", "", "a Flux 2 VAE", ("bn.running_mean", "encoder.down.0.block.0.conv1.weight")),
+    ("vae", "hunyuan_image", "", "a HunyuanImage-2.1 or HunyuanVideo-1.5 VAE", ("encoder.down.0.downsample.conv.weight", "encoder.conv_in.weight", "decoder.up.0.upsample.conv.weight")),
+    ("vae", "ldm", "", "an LDM VAE (SD, SDXL, SD3 or Flux)", ("encoder.down.0.block.0.conv1.weight",)),
+    ("vae", "ldm", "", "an LDM VAE (diffusers names)", ("encoder.down_blocks.0.resnets.0.conv1.weight",)),
+    ("text_encoder", "qwen2.5-vl", "", "a Qwen2.5-VL text encoder", ("visual.blocks.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.bias")),
+    ("text_encoder", "qwen3", "", "a Qwen3 text encoder", ("model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight")),
+    ("text_encoder", "qwen2.5", "", "a Qwen2.5 text encoder", ("model.layers.0.self_attn.q_proj.bias",)),
+    ("text_encoder", "gemma2", "", "a Gemma 2 text encoder", ("model.layers.0.pre_feedforward_layernorm.weight",)),
+    ("text_encoder", "llama", "", "a Llama or Mistral text encoder", ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")),
+    ("text_encoder", "umt5", "", "a UMT5 text encoder", ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",)),
+    ("text_encoder", "t5", "", "a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
+    ("text_encoder", "clip", "", "a CLIP text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Identity:
+    kind: str  # checkpoint, lora, vae, text_encoder, unknown
+    family: str
+    variant: str
+    layout: str
+    format: str
+    dtypes: dict[str, int]
+    parameters: int
+    matched: int
+    unmatched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    title: str = "a file of unknown content"
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.title} ({self.kind}, {self.parameters / 1e6:,.1f} M parameters)"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "title"}
+
+
+def identify(checkpoint: Checkpoint) -> Identity:
+    """What the file is; keys are compared with the layout where the family is known."""
+    shapes = checkpoint.shapes
+    common: dict[str, Any] = {"dtypes": _count(checkpoint), "parameters": sum(_numel(s) for s in shapes.values())}
+    if any(key.endswith(LORA_SUFFIXES) for key in shapes):
+        return _lora(shapes, common)
+    known = _known_part(checkpoint, common)
+    if known:
+        return known
+    for prefix in PREFIXES:
+        names = {key[len(prefix):] for key in shapes if key.startswith(prefix)}
+        for kind, family, variant, title, keys in TABLE:
+            if all(key in names for key in keys):
+                return Identity(kind, family, variant, "original", "", matched=len(names), title=title, **common)
+    return Identity("unknown", "", "", "", "", matched=0, unmatched=sorted(shapes), **common)
+
+
+def _count(checkpoint: Checkpoint) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for dtype in checkpoint.dtypes.values():
+        counts[dtype] = counts.get(dtype, 0) + 1
+    return counts
+
+
+def _numel(shape: Shape) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def _known_part(checkpoint: Checkpoint, common: dict[str, Any]) -> Identity | None:
+    """A part of one of our families: every key is compared with its table's names (without building the model)."""
+    for name in FAMILIES:
+        family = get_family(name)
+        for part in (family.denoiser, family.vae, *family.text_encoders):
+            for prefix in part.prefixes:
+                chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
+                layout = part.recognise(chosen.shapes)
+                if not layout:
+                    continue
+                shapes = chosen.shapes
+                wanted = _names(part, layout, shapes, checkpoint.metadata)
+                unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
+                kind = "checkpoint" if part is family.denoiser else part.name
+                return Identity(kind, family.name, "", layout, "", matched=len(shapes) - len(unmatched), unmatched=unmatched,
+                                missing=[k for k in wanted if k not in shapes], title=part.title, **common)
+    return None
+
+
+def _names(part: Any, layout: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dict[str, Shape]:
+    """Names that the part's own layout gives for a file of this size. Needs the model, on the meta device."""
+    import torch
+
+    from library.layout import Layout, shapes_of
+
+    with torch.device("meta"):
+        model = part.build(part.config(shapes, metadata, layout))
+    ours = shapes_of(model)
+    return Layout(layout, rows_of(part, layout, ours), ours).their_shapes
+
+
+def _lora(shapes: Mapping[str, Shape], common: dict[str, Any]) -> Identity:
+    """Format by prefix, family by the module names that the file's keys hold."""
+    found = max(LORA_PREFIXES, key=lambda name: sum(key.startswith(LORA_PREFIXES[name]) for key in shapes))
+    prefix = LORA_PREFIXES[found]
+    modules = {_module(key).removeprefix(prefix) for key in shapes if key.startswith(prefix)}
+    unmatched = sorted(key for key in shapes if not key.startswith(prefix) or not key.endswith(LORA_SUFFIXES))
+    family = next((name for name in FAMILIES if _fits(name, modules, found)), "")
+    title = f"a LoRA of {get_family(family).title} in {found} names" if family else f"a LoRA in {found} names"
+    return Identity("lora", family, "", "original" if found != "diffusers" else "diffusers", found,
+                    matched=len(shapes) - len(unmatched), unmatched=unmatched, title=title, **common)
+
+
+def _module(key: str) -> str:
+    return next(key.removesuffix(suffix) for suffix in LORA_SUFFIXES if key.endswith(suffix)) if key.endswith(LORA_SUFFIXES) else key
+
+
+def _fits(name: str, modules: set[str], found: str) -> bool:
+    """Most of the module names begin with what this family's adapters begin with."""
+    prefixes = get_family(name).adapted
+    if found == "kohya":
+        prefixes = tuple(prefix.replace(".", "_") for prefix in prefixes)
+    return bool(modules) and sum(m.startswith(prefixes) for m in modules) > len(modules) / 2
+
+
+def identify_path(path: str) -> Identity:
+    """Identity of a file or folder. Raises ConfigError if it cannot be read."""
+    checkpoint = Checkpoint.open(path)
+    if not checkpoint.headers:
+        raise ConfigError(f"{path}: nothing to read")
+    return identify(checkpoint)
