@@ -166,7 +166,7 @@ class Adapter(nn.Module):
         the same order, so a checkpointed block that runs again under torch's restored generator draws the same mask.
         """
         version = 0 if x.is_inference() else x._version
-        key = (version, self.training)
+        key = (version, torch.is_grad_enabled(), self.training)
         if self._shared is not None:
             kept, kept_key, left, result = self._shared
             if kept is x and kept_key == key and index in left:
