@@ -63,10 +63,10 @@ class NetworkTrainer:
         self._prepare_outputs()
 
     def _prepare_conditions(self) -> None:
-        from library import sample, strategies
+        from library import prompts, strategies
 
         options, runtime = self.options, self.runtime
-        self.prompts = sample.parse_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
+        self.prompts = prompts.parse_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
         extra = [text for prompt in self.prompts for text in (prompt.prompt, prompt.negative_prompt)]
         self.latents = strategies.latent_source(self.dataset, self.family, runtime.load_vae, options, runtime.rank, runtime.world)
         self.text = strategies.text_source(

@@ -33,7 +33,6 @@ class Draws:
 
     noise: Tensor  # [B,C,h,w]
     uniform: Tensor  # [B]
-    normal: Tensor  # [B]
     perturbation: Tensor | None  # [B,C,h,w] for --ip_noise_gamma
     gamma_scale: Tensor  # [B] uniform, for --ip_noise_gamma_random_strength
 
@@ -58,17 +57,16 @@ class Step:
 
 def draw(keys: list[tuple[int, int, int]], seed: int, shape: tuple[int, ...], perturb: bool) -> Draws:
     """The random numbers of the items `keys` for latents of `shape` [C,h,w]."""
-    noise, uniform, normal, extra, gamma = [], [], [], [], []
+    noise, uniform, extra, gamma = [], [], [], []
     for step, item, repeat in keys:
         generator = torch.Generator().manual_seed(item_seed(seed + NOISE, step, item, repeat))
         uniform.append(torch.rand((), generator=generator))
-        normal.append(torch.randn((), generator=generator))
         gamma.append(torch.rand((), generator=generator))
         noise.append(torch.randn(shape, generator=generator))
         if perturb:
             extra.append(torch.randn(shape, generator=generator))
     stack = torch.stack
-    return Draws(stack(noise), stack(uniform), stack(normal), stack(extra) if perturb else None, stack(gamma))
+    return Draws(stack(noise), stack(uniform), stack(extra) if perturb else None, stack(gamma))
 
 
 class Loader:

@@ -90,13 +90,14 @@ class Identity:
         return {key: value for key, value in asdict(self).items() if key != "title"}
 
 
-def identify(checkpoint: Checkpoint) -> Identity:
-    """What the file is; keys are compared with the layout where the family is known."""
+def identify(checkpoint: Checkpoint, exact: bool = False) -> Identity:
+    """What the file is. `exact` also compares every key with the layout of a family that is trained here, which
+    builds the model on the meta device and so imports torch and diffusers."""
     shapes = checkpoint.shapes
     common: dict[str, Any] = {"dtypes": _count(checkpoint), "parameters": sum(_numel(s) for s in shapes.values())}
     if any(key.endswith(LORA_SUFFIXES) for key in shapes):
         return _lora(shapes, common)
-    known = _known_part(checkpoint, common)
+    known = _known_part(checkpoint, common, exact)
     if known:
         return known
     for prefix in PREFIXES:
@@ -121,7 +122,7 @@ def _numel(shape: Shape) -> int:
     return n
 
 
-def _known_part(checkpoint: Checkpoint, common: dict[str, Any]) -> Identity | None:
+def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool) -> Identity | None:
     """A part of one of our families: every key is compared with its table's names (without building the model)."""
     for name in FAMILIES:
         family = get_family(name)
@@ -132,7 +133,7 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any]) -> Identity | No
                 if not layout:
                     continue
                 shapes = chosen.shapes
-                wanted = _names(part, layout, shapes, checkpoint.metadata)
+                wanted = _names(part, layout, shapes, checkpoint.metadata) if exact else shapes
                 unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
                 kind = "checkpoint" if part is family.denoiser else part.name
                 return Identity(kind, family.name, "", layout, "", matched=len(shapes) - len(unmatched), unmatched=unmatched,
@@ -181,4 +182,4 @@ def identify_path(path: str) -> Identity:
     checkpoint = Checkpoint.open(path)
     if not checkpoint.headers:
         raise ConfigError(f"{path}: nothing to read")
-    return identify(checkpoint)
+    return identify(checkpoint, exact=True)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library import optim, report, state
+from library import optim, report, state, trackers
 from library.dump import dump_batch
 from library.metadata import save_metadata, training_metadata
 from library.saving import Schedule, file_name, prune
@@ -39,7 +39,7 @@ class Outputs:
         self.key_line, self.last_loss = "", math.nan
         self.dumped = False
         if self._main and self.options.log_with:
-            self.runtime.accelerator.init_trackers(self.options.log_tracker_name or "network_train", self._tracker_config())
+            self.runtime.accelerator.init_trackers(config=self._tracker_config(), **trackers.init_arguments(self.options))
 
     @property
     def _main(self) -> bool:
@@ -122,7 +122,7 @@ class Outputs:
         if self.validation and self.schedule.validate(position.step):
             self._validate()
         if sample and self.samples:
-            self._sample(position.step, last=last)
+            self._sample(position.step)
         optim.train_mode(trainer.optimizer)
 
     def _save(self, path: Path) -> None:
@@ -148,15 +148,18 @@ class Outputs:
             self.say(f"validation at step {step}: loss {values['average']:.4f}")
 
     def _sample_run(self) -> Any:
-        from library.sample import SampleRun
+        from library.sample import Samples
 
         t = self.trainer
-        return SampleRun(t.prompts, self.options.family, self.options, t.sample_conds, self.folder, self.name,
-                         self.runtime.load_vae, self.runtime.device, self.runtime.autocast)
+        first = t.dataset.items[0].placement.bucket
+        return Samples(t.prompts, self.options.family, self.options, t.sample_conds, self.folder, self.name,
+                       self.runtime.load_vae, self.runtime.device, self.runtime.autocast,
+                       self.runtime.latent_channels(t.denoiser), max(first))
 
-    def _sample(self, step: int, last: bool = False) -> None:
-        trainer = self.trainer
-        self._guarded(lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, last=last), "sampling")
+    def _sample(self, step: int) -> None:
+        trainer, per_epoch = self.trainer, self.trainer.plan.steps_per_epoch
+        epoch = step // per_epoch if self.options.sample_every_n_epochs and step and step % per_epoch == 0 else None
+        self._guarded(lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, epoch=epoch), "sampling")
 
     def _guarded(self, work: Any, what: str) -> Any:
         try:
@@ -196,14 +199,30 @@ class Outputs:
             torch.distributed.destroy_process_group()
 
     def _report(self) -> None:
-        from library.report import RunSummary, write_report
-
         trainer, plan = self.trainer, self.trainer.plan
-        summary = RunSummary.of_run(
-            options=self.options, plan=plan, log=self.log.path, saved=self.saved, key_line=self.key_line,
-            seconds=self.runtime.seconds, parameters=sum(p.numel() for p in trainer.parameters),
+        facts = {
+            "trained": f"{sum(p.numel() for p in trainer.parameters):,} parameters in {len(trainer.parameters)} tensors",
+            "optimizer steps": str(trainer.position.step),
+            "loss, average of the last pass over the data": f"{trainer.position.loss_average:.4f}",
+            "keys": self.key_line,
+            **{f"seconds: {name}": f"{value:.1f}" for name, value in self.runtime.seconds.items()},
+            **self._style(),
+        }
+        path = report.write(
+            self.folder, self.name, title=f"{self.name}: {self.options.family.title}", facts=facts, plan=plan.text,
+            options=self.options.report(), log=self.log.path, files=self.saved,
             grid=self.samples.grid_path if self.samples else None,
-            numbers=self.samples.numbers(trainer.latents, trainer.dataset) if self.samples else {},
         )
-        path = write_report(summary, self.folder, self.name)
         self.say(f"report: {path}")
+
+    def _style(self) -> dict[str, str]:
+        """How far the sample pictures are from the training pictures, before and after."""
+        from library.sample import style_distance
+
+        trainer = self.trainer
+        if not (self.samples and trainer.latents.cached and len(self.samples.latents) > 1):
+            return {}
+        training = [trainer.latents.get(item.index) for item in trainer.dataset.items]
+        labels = list(self.samples.latents)
+        before, after = (style_distance(self.samples.latents[label], training) for label in (labels[0], labels[-1]))
+        return {f"style distance to the training pictures, {labels[0]} -> {labels[-1]}": f"{before:.2f} -> {after:.2f}"}

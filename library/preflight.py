@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library import state
+from library import state, trackers
 from library.checkpoints import check_part, check_writable
 from library.data.dataset import Dataset, prepare
 from library.errors import ConfigError
@@ -33,6 +33,7 @@ class Plan:
     base_weights: list[tuple[str, float]] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)  # part name -> one line about its file
     warnings: list[str] = field(default_factory=list)
+    text: str = ""  # the printed plan
 
     @property
     def epochs(self) -> int:
@@ -43,6 +44,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     """All checks, in the order of their cost; prints the plan. Raises a UserError with the first thing wrong."""
     family = options.family
     check_read(options)
+    trackers.check(options)
     if not options.output_dir:
         raise ConfigError("--output_dir is missing: say where the results are to be written")
     output_dir = Path(options.output_dir)
@@ -61,15 +63,16 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     plan.base_weights = _base_weights(options)
     if options.resume:
         _resume(options, plan)
-    say(table(options, plan))
+    plan.text = table(options, plan)
+    say(plan.text)
     return plan
 
 
 def check_tokenizers(options: Options) -> None:
-    """A local tokenizer has to exist; only a hub id may be elsewhere."""
-    value = options.tokenizer
-    if value and not Path(value).exists() and (value.count("/") != 1 or value.startswith((".", "/", "~"))):
-        raise ConfigError(f"--tokenizer {value}: no such file or folder (and not a hub id of the form owner/name)")
+    """A local tokenizer has to exist; only a hub id, owner/name, may be elsewhere."""
+    for value in options.family.tokenizer_paths(options):
+        if not Path(value).exists() and (value.count("/") != 1 or value.startswith((".", "/", "~"))):
+            raise ConfigError(f"--tokenizer {value}: no such folder (and not a hub id of the form owner/name)")
 
 
 def _world() -> int:
@@ -106,7 +109,7 @@ def _base_weights(options: Options) -> list[tuple[str, float]]:
 
 def _check_prompts(options: Options) -> None:
     if options.sample_prompts:
-        from library.sample import parse_prompts
+        from library.prompts import parse_prompts
 
         parse_prompts(Path(options.sample_prompts))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library import checkpoints, flow, losses
+from library import checkpoints, flow, losses, trackers
 from library.checkpointing import checkpoint_blocks
 from library.data.dataset import item_seed
 from library.errors import ConfigError
@@ -32,13 +32,16 @@ class Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         self.options, self.family, self.seconds = options, family, {}
-        trackers = {None: None, "all": ["tensorboard", "wandb"]}.get(options.log_with, options.log_with)
         handlers = []
         if options.ddp_timeout:
             from datetime import timedelta
 
             handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
-        self.accelerator = Accelerator(log_with=trackers, project_dir=options.logging_dir, kwargs_handlers=handlers)
+        self.accelerator = Accelerator(
+            log_with=trackers.tracker_names(options) or None,
+            project_dir=trackers.project_dir(options),
+            kwargs_handlers=handlers,
+        )
         self.device, self.rank, self.world = (
             self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes,
         )
@@ -165,6 +168,10 @@ class Runtime:
                     setattr(draws, name, value.to(self.device, non_blocking=True))
         return draws
 
+    def latent_channels(self, denoiser: torch.nn.Module) -> int:
+        """Of this model: the file decides, the family's published number stands in where the class does not say."""
+        return int(denoiser.config.get("in_channels") or self.family.latent_channels)
+
     def tokens(self, latents: Tensor) -> int:
         """Image tokens of the denoiser for latents [..,h,w]: patches of pixel_multiple / latent_downscale."""
         patch = max(1, self.family.pixel_multiple // self.family.latent_downscale)
@@ -172,7 +179,7 @@ class Runtime:
 
     def sigma(self, draws: Draws, latents: Tensor) -> Tensor:
         """[B] float32, by the run's sampling options."""
-        return flow.sigma_from(draws.uniform, draws.normal, tokens=self.tokens(latents), **self.sigma_options())
+        return flow.sigma_from(draws.uniform, tokens=self.tokens(latents), **self.sigma_options())
 
     def sigma_options(self) -> dict[str, Any]:
         o = self.options

@@ -8,6 +8,7 @@ import torch
 
 from library import flow
 from library.data.dataset import item_rng, item_seed
+from library.strategies import plain_caption
 
 if TYPE_CHECKING:
     from train_network import NetworkTrainer
@@ -33,7 +34,7 @@ class Validation:
             x0 = trainer.latents.finish(picture[None].to(runtime.device))
             generator = torch.Generator().manual_seed(item_seed(self.seed, 0, item.index, 0))
             noise = torch.randn(x0.shape, generator=generator).to(runtime.device)
-            conds = [runtime.to_device(trainer.text.get(trainer.text.plain(item)))]
+            conds = [runtime.to_device(trainer.text.get(plain_caption(item)))]
             for q in QUANTILES:
                 sigma = flow.sigma_quantiles([q], tokens=runtime.tokens(x0), **runtime.sigma_options()).to(runtime.device)
                 with runtime.autocast():

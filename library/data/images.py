@@ -1,0 +1,129 @@
+"""One picture from its file to the pixels that are trained: orientation, alpha, resize, crop, augmentation, mask."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from library.errors import DatasetError
+
+if TYPE_CHECKING:
+    from library.data.buckets import Placement
+    from library.data.dataset import Item
+
+RECIPE = 1  # raised when the same options begin to give other pixels
+
+
+@dataclass
+class Picture:
+    pixels: np.ndarray  # uint8 [H,W,3] at the bucket's size
+    mask: np.ndarray | None  # float32 [H,W] in 0..1
+    flipped: bool
+
+
+def preprocessing_key(item: Item) -> str:
+    """Everything besides the file's bytes that decides the pixels of an unaugmented picture."""
+    p, s = item.placement, item.subset
+    return f"recipe {RECIPE} bucket {p.bucket} resized {p.resized} crop {p.left},{p.top} by {s.resize_interpolation} alpha {s.alpha_mask}"
+
+
+def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:
+    """The picture of an item. `flip` decides the mirroring; None draws it from `rng` where flip_aug is on.
+
+    Raises DatasetError naming a file that cannot be decoded.
+    """
+    subset = item.subset
+    pixels, mask = decode(item.path, subset.alpha_mask)
+    if item.mask_path is not None:
+        mask = read_mask(item.mask_path, (pixels.shape[1], pixels.shape[0]))
+    placement = item.placement
+    if subset.face_crop_aug_range or subset.random_crop:
+        placement = moved(placement, rng)
+    pixels = place(pixels, placement, subset.resize_interpolation)
+    if mask is not None:
+        mask = place(mask, placement, "area").astype(np.float32) / 255
+    flipped = (subset.flip_aug and rng.random() < 0.5) if flip is None else flip
+    if flipped:
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
+        mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
+    if subset.color_aug:
+        pixels = change_colours(pixels, rng)
+    return Picture(pixels, mask, flipped)
+
+
+def decode(path, with_alpha: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """RGB uint8 [H,W,3] upright as EXIF says, alpha composed on white; the alpha channel [H,W] if asked for."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("I;16", "I"):  # 16-bit grey: PIL's own conversion would clip instead of scale
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            if not has_alpha:
+                mask = np.full((image.height, image.width), 255, np.uint8) if with_alpha else None
+                return np.asarray(image.convert("RGB")), mask
+            image = image.convert("RGBA")
+            paper = Image.new("RGBA", image.size, "white")
+            paper.alpha_composite(image)
+            return np.asarray(paper.convert("RGB")), np.asarray(image.getchannel("A")) if with_alpha else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{path} cannot be decoded ({error}); repair it or take it out") from None
+
+
+def read_mask(path, size: tuple[int, int]) -> np.ndarray:
+    """The red channel of a mask, [H,W]; it has to have the picture's size."""
+    mask, _ = decode(path)
+    if (mask.shape[1], mask.shape[0]) != size:
+        raise DatasetError(f"mask {path} is {mask.shape[1]}x{mask.shape[0]}, its picture {size[0]}x{size[1]}; make them equal")
+    return mask[:, :, 0]
+
+
+def moved(placement: Placement, rng: random.Random) -> Placement:
+    """The same crop at a random place."""
+    from dataclasses import replace
+
+    left = rng.randint(0, placement.resized[0] - placement.bucket[0])
+    return replace(placement, left=left, top=rng.randint(0, placement.resized[1] - placement.bucket[1]))
+
+
+def place(pixels: np.ndarray, placement: Placement, interpolation: str | None) -> np.ndarray:
+    """Resize to cover the bucket and crop it out. Default: area where both sides shrink, Lanczos otherwise."""
+    height, width = pixels.shape[:2]
+    if (width, height) != placement.resized:
+        shrinks = placement.resized[0] <= width and placement.resized[1] <= height
+        pixels = resize(pixels, placement.resized, interpolation or ("area" if shrinks else "lanczos"))
+    x, y, (w, h) = placement.left, placement.top, placement.bucket
+    return np.ascontiguousarray(pixels[y : y + h, x : x + w])
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
+    """uint8 [H,W] or [H,W,3] -> (width, height) `size`; Lanczos and box by PIL, the others by OpenCV, as sd-scripts."""
+    if how in ("lanczos", "box"):
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(pixels).resize(size, getattr(Image.Resampling, how.upper())))
+    import cv2
+
+    codes = {"area": cv2.INTER_AREA, "nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "linear": cv2.INTER_LINEAR,
+             "bicubic": cv2.INTER_CUBIC, "cubic": cv2.INTER_CUBIC}
+    return cv2.resize(pixels, size, interpolation=codes[how])
+
+
+def change_colours(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
+    """With p 1/3: the hue turned by up to 8 of 180, or gamma 0.95 to 1.05, as sd-scripts."""
+    import cv2
+
+    if rng.random() >= 0.33:
+        return pixels
+    if rng.random() < 0.5:
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+        hsv[:, :, 0] = (hsv[:, :, 0].astype(np.int16) + rng.randint(-8, 8)) % 180
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    gamma = rng.uniform(0.95, 1.05)
+    table = (255 * (np.arange(256) / 255) ** gamma).round().astype(np.uint8)
+    return table[pixels]

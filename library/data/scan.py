@@ -1,0 +1,144 @@
+"""Sizes and captions of a folder of pictures, fast and remembered.
+
+Only headers are read, by small parsers of our own for the common formats and by PIL for the rest. What was read is
+kept in an index beside the pictures, keyed by name, size and modification time, so that the next start only lists the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
+INDEX = "scan.json"
+HEAD = 64  # bytes that are enough for the formats with a fixed header
+
+
+@dataclass(slots=True)
+class Found:
+    path: str
+    stat: tuple[int, int]  # bytes, modification time in ns
+    size: tuple[int, int] | None  # width, height as shown (after EXIF orientation); None: the header cannot be read
+    caption: str | None  # text of the caption file; None: there is none
+    problem: str = ""
+
+
+def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None) -> tuple[list[Found], list[str]]:
+    """Every picture directly in `folder`, sorted by name, and the names of files that are neither picture nor caption."""
+    entries: dict[str, os.DirEntry] = {}
+    captions: dict[str, os.DirEntry] = {}
+    others = []
+    with os.scandir(folder) as listing:
+        for entry in listing:
+            stem, extension = os.path.splitext(entry.name)
+            if extension.lower() in EXTENSIONS:
+                entries[entry.name] = entry
+            elif extension == caption_extension:
+                captions[stem] = entry
+            elif not entry.name.startswith(".") and entry.is_file():
+                others.append(entry.name)
+    index = _Index(index_folder, folder, caption_extension)
+    found = [_one(entries[name], captions, index) for name in sorted(entries)]
+    index.write()
+    return found, others
+
+
+def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: _Index) -> Found:
+    stat = entry.stat()
+    text_entry = captions.get(os.path.splitext(entry.name)[0])
+    text_stat = text_entry.stat() if text_entry else None
+    key = (stat.st_size, stat.st_mtime_ns, text_stat.st_size if text_stat else -1, text_stat.st_mtime_ns if text_stat else -1)
+    known = index.get(entry.name, key)
+    if known is not None:
+        width, height, caption = known
+        return Found(entry.path, key[:2], (width, height), caption)
+    found = Found(entry.path, key[:2], None, None)
+    try:
+        found.size = picture_size(entry.path)
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        found.problem = f"its header cannot be read ({error})"
+        return found
+    if text_entry:
+        try:
+            with open(text_entry.path, "rb") as file:
+                found.caption = file.read().decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            found.problem = f"its caption {text_entry.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
+            return found
+    index.put(entry.name, key, (*found.size, found.caption))
+    return found
+
+
+class _Index:
+    """name -> [key, width, height, caption] of one folder; a damaged or foreign file is as good as none."""
+
+    def __init__(self, folder: Path | None, pictures: Path, extension: str) -> None:
+        self.path = folder / INDEX if folder else None
+        self.head = {"version": 1, "folder": str(pictures.resolve()), "extension": extension}
+        self.known: dict[str, list] = {}
+        self.changed = False
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
+            if content.get("head") == self.head:
+                self.known = content["entries"]
+        except (OSError, ValueError, KeyError, AttributeError):
+            self.known = {}
+
+    def get(self, name: str, key: tuple) -> tuple | None:
+        entry = self.known.get(name)
+        return (entry[1], entry[2], entry[3]) if entry and tuple(entry[0]) == key else None
+
+    def put(self, name: str, key: tuple, value: tuple) -> None:
+        self.known[name] = [key, *value]
+        self.changed = True
+
+    def write(self) -> None:
+        if not (self.path and self.changed):
+            return
+        partial = self.path.with_name(f".{uuid.uuid4().hex[:8]}.{INDEX}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump({"head": self.head, "entries": self.known}, file, ensure_ascii=False, separators=(",", ":"))
+            os.replace(partial, self.path)
+        except OSError:  # a read-only folder of pictures: the next start reads the headers again
+            partial.unlink(missing_ok=True)
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """(width, height) as shown. PNG and BMP from their fixed header; the others through PIL, with EXIF orientation."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR" and not _png_may_turn(path):
+        width, height = struct.unpack(">II", head[16:24])
+        if not width or not height:
+            raise ValueError("a size of 0")
+        return width, height
+    from PIL import Image
+
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange width and height
+        return (image.height, image.width) if turned else image.size
+
+
+def _png_may_turn(path: str) -> bool:
+    """Whether a PNG has an eXIf chunk before its pixels; chunks are skipped by their lengths."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"IDAT":
+                return False
+            if kind == b"eXIf":
+                return True
+            file.seek(length + 4, os.SEEK_CUR)
+    raise ValueError("it ends before its pixels begin")
+
+
+def problems(found: Iterable[Found]) -> list[str]:
+    return [f"{f.path}: {f.problem}" for f in found if f.problem]

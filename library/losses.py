@@ -1,0 +1,47 @@
+"""Elementwise losses and masks. Pure functions in float32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from library.flow import expand
+
+
+def elementwise(predicted: Tensor, target: Tensor, kind: str, c: Tensor | None = None) -> Tensor:
+    """The loss of every element, in the shape of `predicted`; `c` [B] for huber and smooth_l1.
+
+    huber 2c (sqrt(d^2 + c^2) - c) and smooth_l1 2 (sqrt(d^2 + c^2) - c), the pseudo-Huber forms of sd-scripts.
+    """
+    difference = predicted.float() - target.float()
+    if kind == "l2":
+        return difference.square()
+    if kind == "l1":
+        return difference.abs()
+    c = expand(c, difference)
+    root = (difference.square() + c.square()).sqrt() - c
+    return 2 * c * root if kind == "huber" else 2 * root
+
+
+def huber_c(sigma: Tensor, schedule: str, c: float, scale: float) -> Tensor:
+    """[B]: constant c s; exponential exp(ln(c) sigma) s; snr (1 - c) / (1 + q)^2 + c with q = sigma / (1 - sigma).
+
+    sd-scripts' snr schedule takes q = sqrt((1 - alpha_bar) / alpha_bar), which a flow model has not; the ratio of noise
+    to data is sigma / (1 - sigma) here, so 1 / (1 + q) = 1 - sigma.
+    """
+    if schedule == "constant":
+        return torch.full_like(sigma, c * scale)
+    if schedule == "exponential":
+        return torch.exp(math.log(c) * sigma) * scale
+    return (1 - c) * (1 - sigma).square() + c
+
+
+def masked(error: Tensor, mask: Tensor) -> Tensor:
+    """Error [B,C,h,w] times the mask [B,H,W] in 0..1, area-resized to the latent grid (not renormalised)."""
+    mask = mask[:, None].to(error.device, error.dtype)
+    if mask.shape[-2:] != error.shape[-2:]:
+        mask = F.interpolate(mask, size=error.shape[-2:], mode="area")
+    return error * mask

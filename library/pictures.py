@@ -1,0 +1,56 @@
+"""Pictures as files: labelled grids and PNGs with text, written whole. No torch."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+CELL, MARGIN, LABEL = 128, 8, 150  # smallest side of a cell, space between cells, width of the row labels, in pixels
+
+
+def grid(images: list[list[np.ndarray]], row_labels: list[str], column_labels: list[str], title: str = "") -> Image.Image:
+    """Pictures [row][column] uint8 [H,W,3] with labels; small ones are enlarged without smoothing."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = images[0][0]
+    factor = max(1, -(-CELL // min(first.shape[:2])))
+    height, width = (max(row[0].shape[axis] for row in images) * factor for axis in (0, 1))
+    font = ImageFont.load_default(size=14)
+    top = 24 + (22 if title else 0)
+    size = (LABEL + len(column_labels) * (width + MARGIN), top + len(images) * (height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((MARGIN, 2), title, fill="black", font=font)
+    for x, label in enumerate(column_labels):
+        draw.text((LABEL + x * (width + MARGIN), top - 20), label, fill="black", font=font)
+    for y, row in enumerate(images):
+        text = "\n".join(textwrap.wrap(row_labels[y], 19)[:7])
+        draw.multiline_text((MARGIN, top + y * (height + MARGIN)), text, fill="black", font=font)
+        for x, picture in enumerate(row):
+            cell = Image.fromarray(picture)
+            cell = cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST)
+            sheet.paste(cell, (LABEL + x * (width + MARGIN), top + y * (height + MARGIN)))
+    return sheet
+
+
+def save_png(image: Any, path: Path, text: Mapping[str, str]) -> None:
+    """A PIL image or a uint8 array [H,W,3] as PNG with text chunks; the final name appears with the whole file."""
+    from PIL import Image, PngImagePlugin
+
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        chunks.add_itxt(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    picture.save(partial, format="PNG", pnginfo=chunks)
+    os.replace(partial, path)

@@ -1,0 +1,144 @@
+"""Pictures from a model: Euler on flow sigmas with guidance, labelled grids, and the samples of a training run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library import flow
+from library.pictures import grid, save_png
+
+if TYPE_CHECKING:
+    from library.families.family import Cond, Family
+    from library.options import Options
+    from library.prompts import Prompt
+
+
+@torch.no_grad()
+def generate_latents(
+    family: Family, denoiser: torch.nn.Module, cond: Cond, uncond: Cond | None, *, shape: tuple[int, int, int], seed: int,
+    steps: int, scale: float, shift: float, device: Any,
+) -> Tensor:
+    """Latents [1,C,h,w] float32 by Euler steps of the probability-flow ODE, dx/dsigma = velocity.
+
+    The noise comes from a CPU generator, so a seed gives the same start on every device. Guidance
+    v = v_uncond + scale (v_cond - v_uncond) runs only for scale != 1.
+    """
+    x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)).to(device)
+    sigmas = flow.shifted_sigmas(steps, shift).to(device)
+    conds = [{k: v.to(device) for k, v in c.items()} for c in ([cond, uncond] if scale != 1 else [cond])]
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        velocity = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), conds)
+        if scale != 1:
+            velocity = velocity[1:] + scale * (velocity[:1] - velocity[1:])
+        x = x + (then - now) * velocity
+    return x
+
+
+@torch.no_grad()
+def decode(family: Family, vae: torch.nn.Module, latents: Tensor) -> np.ndarray:
+    """uint8 [H,W,3] of one picture's latents [1,C,h,w]."""
+    pixels = family.decode_latents(vae, latents)[0].clamp(-1, 1)
+    return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int) -> tuple[int, int, int]:
+    """[C,h,w] for a prompt; sides are rounded down to the family's multiple."""
+    sides = [(side or resolution) // family.pixel_multiple * family.pixel_multiple for side in (prompt.height, prompt.width)]
+    return (channels, *(max(side, family.pixel_multiple) // family.latent_downscale for side in sides))  # type: ignore[return-value]
+
+
+class Samples:
+    """The sample pictures of one run: base column once, then a column a call; rank 0 only."""
+
+    def __init__(
+        self, prompts: list[Prompt], family: Family, options: Options, conds: dict[str, Cond], folder: Path, name: str,
+        load_vae: Callable[[], torch.nn.Module], device: Any, autocast: Callable[[], contextlib.AbstractContextManager],
+        channels: int, resolution: int,
+    ) -> None:
+        self.prompts, self.family, self.options, self.conds = prompts, family, options, conds
+        self.folder, self.name, self.load_vae, self.device, self.autocast = folder / "sample", name, load_vae, device, autocast
+        self.channels, self.resolution = channels, resolution
+        self.columns: list[tuple[str, list[np.ndarray]]] = []
+        self.latents: dict[str, list[Tensor]] = {}
+        self.grid_path = folder / f"{name}-grid.png"
+
+    def base(self, denoiser: torch.nn.Module, network: torch.nn.Module | None) -> None:
+        """The base model's column: the network switched off, or the model before its first step."""
+        if network is not None:
+            network.set_multiplier(0.0)
+        try:
+            self._column("base", denoiser, network, None)
+        finally:
+            if network is not None:
+                network.set_multiplier(1.0)
+
+    def render(self, denoiser: torch.nn.Module, network: torch.nn.Module | None, *, step: int, epoch: int | None) -> None:
+        """One column with the network as it is now; the grid is written anew."""
+        self._column(f"step {step}", denoiser, network, f"e{epoch:06d}" if epoch is not None else f"{step:06d}")
+        rows = [[pictures[i] for _, pictures in self.columns] for i in range(len(self.prompts))]
+        image = grid(rows, [p.prompt for p in self.prompts], [label for label, _ in self.columns], title=self.name)
+        save_png(image, self.grid_path, {})
+
+    def _column(self, label: str, denoiser: torch.nn.Module, network: torch.nn.Module | None, tag: str | None) -> None:
+        trained = network if network is not None else denoiser
+        was_training = trained.training
+        trained.eval()  # network dropout off
+        denoiser.eval()
+        torch_state, python_state = torch.get_rng_state(), random.getstate()
+        try:
+            pictures, self.latents[label] = [], []
+            vae = self.load_vae()
+            for number, prompt in enumerate(self.prompts):
+                picture = self._picture(denoiser, vae, prompt, number, label)
+                pictures.append(picture)
+                if tag is not None:
+                    seed = self._seed(prompt, number)
+                    save_png(picture, self.folder / f"{self.name}_{tag}_{number:02d}_{seed}.png", {"prompt": prompt.prompt})
+        finally:
+            trained.train(was_training)
+            denoiser.train(was_training)
+            torch.set_rng_state(torch_state)
+            random.setstate(python_state)
+        self.columns = [c for c in self.columns if c[0] != label] + [(label, pictures)]
+
+    def _picture(self, denoiser: torch.nn.Module, vae: torch.nn.Module, prompt: Prompt, number: int, label: str) -> np.ndarray:
+        shift = prompt.flow_shift if prompt.flow_shift is not None else self.options.discrete_flow_shift
+        with self.autocast():
+            latents = generate_latents(
+                self.family, denoiser, self.conds[prompt.prompt], self.conds[prompt.negative_prompt],
+                shape=latent_shape(self.family, prompt, self.channels, self.resolution), seed=self._seed(prompt, number),
+                steps=prompt.sample_steps, scale=prompt.scale, shift=shift, device=self.device,
+            )
+        self.latents[label].append(latents.cpu())
+        return decode(self.family, vae, latents)
+
+    def _seed(self, prompt: Prompt, number: int) -> int:
+        if prompt.seed is None:
+            return self.options.seed + number
+        return prompt.seed if prompt.seed >= 0 else int.from_bytes(os.urandom(4), "big")
+
+
+def style_distance(samples: list[Tensor], training: list[Tensor]) -> float:
+    """Frechet distance between the latent vectors (one a position) of some pictures and of the training pictures.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means and covariances over positions: colours and textures, not
+    composition. 0 = the same statistics.
+    """
+    moments = []
+    for pictures in (samples, training):
+        vectors = torch.cat([p.reshape(-1, *p.shape[-3:]).permute(0, 2, 3, 1).reshape(-1, p.shape[-3]) for p in pictures]).double()
+        moments.append((vectors.mean(0), torch.cov(vectors.T)))
+    (m1, c1), (m2, c2) = moments
+    values, vectors = torch.linalg.eigh(c1)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
