@@ -45,11 +45,13 @@ class Runtime:
         self.device, self.rank, self.world = (
             self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes,
         )
-        if self.device.type == "cpu":
-            # accelerate launch sets OMP_NUM_THREADS=1, which suits a GPU's host; on the CPU it halves the speed or worse.
+        by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+        if self.device.type == "cpu" and by_launcher:
+            # `accelerate launch` sets one thread unless told otherwise, which suits the host of a GPU, not a CPU run.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
         if options.mixed_precision == "fp16" and self.device.type == "mps":
             raise ConfigError("--mixed_precision fp16 is not reliable on this device (mps); use bf16 or no")
+        torch.manual_seed(options.seed)  # the network's first weights are drawn from it
         self.dtype = DTYPES[options.mixed_precision]
         self._vae = self._text = None
 

@@ -9,6 +9,10 @@ from safetensors.torch import load_file
 from training_support import launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 
+def full(toy):  # noqa: F811
+    return toy.with_name("toy_full.toml")
+
+
 @pytest.fixture(scope="module")
 def lora_run(toy, pictures, tmp_path_factory):  # noqa: F811
     output = tmp_path_factory.mktemp("run")
@@ -46,14 +50,15 @@ def test_the_dumped_batch_agrees_with_the_closed_forms_and_the_family(lora_run, 
 
 def test_the_lora_starts_as_the_base_model(toy, pictures, tmp_path):  # noqa: F811
     first = train(toy, pictures, tmp_path / "a", "--max_train_steps", "1")
-    full = train(toy, pictures, tmp_path / "b", "--max_train_steps", "1", "--network_module", "none")
-    assert first.network is not None and full.network is None
+    whole = train(full(toy), pictures, tmp_path / "b", "--max_train_steps", "1")
+    assert first.network is not None and whole.network is None
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
 
 
-@pytest.mark.parametrize("extra", [(), ("--network_module", "none", "--learning_rate", "1e-3")], ids=["lora", "full"])
-def test_training_overfits(toy, pictures, tmp_path, extra):  # noqa: F811
-    train(toy, pictures, tmp_path, "--max_train_steps", "60", "--learning_rate", "1e-2", "--timestep_sampling", "uniform", *extra)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_training_overfits(toy, pictures, tmp_path, kind):  # noqa: F811
+    config, rate = (toy, "1e-2") if kind == "lora" else (full(toy), "1e-3")
+    train(config, pictures, tmp_path, "--max_train_steps", "60", "--learning_rate", rate, "--timestep_sampling", "uniform")
     values = losses(tmp_path)
     assert sum(values[-12:]) < 0.8 * sum(values[:12])
 
@@ -66,12 +71,13 @@ RESUMES = {
     "adamw8bit": ("--optimizer_type", "AdamW8bit"),
     "schedule": ("--lr_scheduler", "cosine", "--lr_warmup_steps", "3"),
     "checkpointing_bf16": ("--gradient_checkpointing", "--mixed_precision", "bf16"),
-    "full": ("--network_module", "none"),
+    "full": (),
 }
 
 
-@pytest.mark.parametrize("extra", RESUMES.values(), ids=RESUMES.keys())
-def test_a_resumed_run_is_the_run_that_never_stopped(toy, pictures, tmp_path, extra):  # noqa: F811
+@pytest.mark.parametrize("kind", RESUMES)
+def test_a_resumed_run_is_the_run_that_never_stopped(toy, pictures, tmp_path, kind):  # noqa: F811
+    extra, toy = RESUMES[kind], full(toy) if kind == "full" else toy
     extra = ("--learning_rate", "1e-2", *extra) if "--learning_rate" not in extra else extra
     train(toy, pictures, tmp_path / "whole", "--max_train_steps", "7", *extra)
     train(toy, pictures, tmp_path / "parts", "--max_train_steps", "7", "--save_every_n_steps", "4", "--save_state", *extra)
@@ -93,6 +99,7 @@ def test_resume_refuses_changed_options_by_name(toy, pictures, tmp_path):  # noq
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(toy, pictures, tmp_path):  # noqa: F811
+    import os
     import subprocess
     import sys
 
@@ -100,11 +107,11 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(toy, pi
 
     one = tmp_path / "one"
     train(toy, pictures, one, "--max_train_steps", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533",
                "z_image_train_network.py",
                *arguments(toy, pictures, tmp_path / "two", "--max_train_steps", "4", "--learning_rate", "1e-2")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(one) == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,7 @@ def train(toy: Path, pictures: Path, output: Path, *extra: str):
     from library import options
     from train_network import NetworkTrainer
 
+    torch.set_num_threads(1)
     trainer = NetworkTrainer(options.parse("z_image", arguments(toy, pictures, output, *extra), "test"))
     trainer.run()
     return trainer

@@ -3,7 +3,8 @@
     python tools/make_toy_model.py --family z_image --output_dir toy [--seed 0]
 
 The denoiser's dimensions are ones that ComfyUI's own model detection accepts (tools/toy_configs.json); VAE, text
-encoder and tokenizer are as small as their formats allow. `toy.toml` is a --config_file with every path set.
+encoder and tokenizer are as small as their formats allow. `toy.toml` is a --config_file with every path set for a
+LoRA, `toy_full.toml` the same for a full fine-tune.
 """
 
 from __future__ import annotations
@@ -106,9 +107,10 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
         checkpoints.save(text, folder / f"{part.name}.safetensors", {"format": "pt"})
     lines = [f'{family.denoiser.option} = "denoiser.safetensors"', f'{family.vae.option} = "vae.safetensors"']
     lines += [f'{part.option} = "{part.name}.safetensors"' for part in family.text_encoders]
-    lines += ['tokenizer = "tokenizer"', 'network_module = "networks.lora"', "network_dim = 4", "network_alpha = 4",
-              "learning_rate = 1e-3", "max_train_steps = 10", "seed = 1"]
-    (folder / "toy.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += ['tokenizer = "tokenizer"', "learning_rate = 1e-3", "max_train_steps = 10", "seed = 1"]
+    network = ['network_module = "networks.lora"', "network_dim = 4", "network_alpha = 4"]
+    (folder / "toy.toml").write_text("\n".join(lines + network) + "\n", encoding="utf-8")
+    (folder / "toy_full.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "toy.toml"
 
 
