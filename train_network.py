@@ -68,7 +68,9 @@ class NetworkTrainer:
         options, runtime = self.options, self.runtime
         self.prompts = prompts.parse_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
         extra = [text for prompt in self.prompts for text in (prompt.prompt, prompt.negative_prompt)]
-        self.latents = strategies.latent_source(self.dataset, self.family, runtime.load_vae, options, runtime.rank, runtime.world)
+        self.latents = strategies.latent_source(
+            self.dataset, self.family, runtime.load_vae, options, runtime.rank, runtime.world
+        )
         self.text = strategies.text_source(
             self.dataset, self.family, runtime.load_text_encoders, options, [*extra, ""], runtime.rank, runtime.world
         )
@@ -81,17 +83,27 @@ class NetworkTrainer:
         module = importlib.import_module(options.network_module)
         arguments = dict(pair.split("=", 1) for pair in options.network_args or [])
         for path, multiplier in self.plan.base_weights:
-            base, weights = module.create_network_from_weights(multiplier, path, None, [], self.denoiser, for_inference=True)
+            base, weights = module.create_network_from_weights(
+                multiplier, path, None, [], self.denoiser, for_inference=True
+            )
             base.merge_to([], self.denoiser, weights, None, None)
         if options.dim_from_weights:
-            network, _ = module.create_network_from_weights(1.0, options.network_weights, None, [], self.denoiser, **arguments)
+            network, _ = module.create_network_from_weights(
+                1.0, options.network_weights, None, [], self.denoiser, **arguments
+            )
         else:
             arguments.setdefault("dropout", options.network_dropout)
             if arguments["dropout"] is None:
                 del arguments["dropout"]
             network = module.create_network(
-                1.0, options.network_dim, options.network_alpha, None, [], self.denoiser,
-                neuron_dropout=options.network_dropout, **arguments,
+                1.0,
+                options.network_dim,
+                options.network_alpha,
+                None,
+                [],
+                self.denoiser,
+                neuron_dropout=options.network_dropout,
+                **arguments,
             )
         if network is None:
             raise ConfigError(f"--network_module {options.network_module} gave no network for these options")
@@ -112,8 +124,13 @@ class NetworkTrainer:
         self.parameters = [p for group in groups for p in group["params"]]
         self.trained = runtime.named_trained(self.network, self.denoiser)
         self.loader = Loader(
-            self.dataset, self.latents.picture, seed=options.seed, accumulation=options.gradient_accumulation_steps,
-            max_steps=self.plan.total_steps, rank=runtime.rank, world=runtime.world,
+            self.dataset,
+            self.latents.picture,
+            seed=options.seed,
+            accumulation=options.gradient_accumulation_steps,
+            max_steps=self.plan.total_steps,
+            rank=runtime.rank,
+            world=runtime.world,
             workers=options.max_data_loader_n_workers,
         )
         self.optimizer = optim.create_optimizer(options, groups)
@@ -169,7 +186,9 @@ class NetworkTrainer:
         guess, goal = flow.apply_prediction_type(predicted, target, noisy, sigma, options.model_prediction_type)
         error = losses.elementwise(guess, goal, options.loss_type, self.runtime.huber_c(sigma))
         error = losses.masked(error, batch.mask) if batch.mask is not None else error
-        loss = error.mean(dim=tuple(range(1, error.ndim))) * self.runtime.loss_weight(sigma) * batch.weights.to(x0.device)
+        loss = (
+            error.mean(dim=tuple(range(1, error.ndim))) * self.runtime.loss_weight(sigma) * batch.weights.to(x0.device)
+        )
         self.outputs.maybe_dump(batch, x0, draws.noise, sigma, noisy, predicted, target, loss, conds)
         return loss
 

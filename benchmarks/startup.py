@@ -33,8 +33,20 @@ def seconds(command: list[str]) -> float:
 def first_step(config: str) -> tuple[float, dict]:
     """Seconds from process start to the beginning of the first step, as the trainer's own clock has them."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "z_image_train_network.py", "--config_file", config, "--output_dir", folder,
-                   "--output_name", "start", "--max_train_steps", "1", "--sample_prompts", "none"]
+        command = [
+            sys.executable,
+            "z_image_train_network.py",
+            "--config_file",
+            config,
+            "--output_dir",
+            folder,
+            "--output_name",
+            "start",
+            "--max_train_steps",
+            "1",
+            "--sample_prompts",
+            "none",
+        ]
         total = seconds(command)
         line = json.loads((Path(folder) / "start.jsonl").read_text(encoding="utf-8").splitlines()[0])
         return total, line
@@ -51,8 +63,10 @@ def main() -> None:
         imports.append(seconds([sys.executable, "-c", IMPORTS]))
         runs.append(first_step(arguments.config)[0])
     median = statistics.median
-    print(f"--help {median(helps):.2f} s; imports {median(imports):.2f} s; a whole run of one step {median(runs):.2f} s; "
-          f"ratio {median(runs) / median(imports):.2f} (target 1.3 for process start to first step)")
+    print(
+        f"--help {median(helps):.2f} s; imports {median(imports):.2f} s; a whole run of one step {median(runs):.2f} s; "
+        f"ratio {median(runs) / median(imports):.2f} (target 1.3 for process start to first step)"
+    )
 
 
 if __name__ == "__main__":

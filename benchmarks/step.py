@@ -87,7 +87,9 @@ def main() -> None:
             bare.append(bare_round(trainer, batches))
             ours.append(trainer_round(trainer, number))
         a, b = statistics.median(bare), statistics.median(ours)
-        print(f"bare {a:.3f} s  trainer {b:.3f} s  ratio {b / a:.3f}  (target 1.02, {arguments.repeats} rounds of {STEPS} steps)")
+        print(
+            f"bare {a:.3f} s  trainer {b:.3f} s  ratio {b / a:.3f}  (target 1.02, {arguments.repeats} rounds of {STEPS} steps)"
+        )
 
 
 if __name__ == "__main__":

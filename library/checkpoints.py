@@ -263,7 +263,9 @@ def _numel(shape: Shape) -> int:
     return count
 
 
-def save_part(model: torch.nn.Module, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+def save_part(
+    model: torch.nn.Module, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
     """Write a whole part under its original names, with the extras, prefix and header metadata that it came with."""
     binding: Binding = model.binding
     state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v) for k, v in model.state_dict().items()}
@@ -296,7 +298,9 @@ def save(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str,
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise DiskError(f"{path} could not be written ({error.strerror or error}); make room or change the folder") from None
+        raise DiskError(
+            f"{path} could not be written ({error.strerror or error}); make room or change the folder"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -26,12 +26,28 @@ CONVENTIONS = {
 
 
 def dump_batch(
-    path: Path, family: Family, batch: Batch, latents: Tensor, noise: Tensor, sigma: Tensor, noisy: Tensor,
-    velocity_pred: Tensor, target: Tensor, loss: Tensor, conds: list[Cond],
+    path: Path,
+    family: Family,
+    batch: Batch,
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    noisy: Tensor,
+    velocity_pred: Tensor,
+    target: Tensor,
+    loss: Tensor,
+    conds: list[Cond],
 ) -> None:
     """Write the tensors of one training step, float32, unpacked in latent layout, with file names and captions."""
-    tensors = {"latents": latents, "noise": noise, "sigma": sigma, "noisy": noisy, "velocity_pred": velocity_pred,
-               "target": target, "loss": loss} | padded(conds)
+    tensors = {
+        "latents": latents,
+        "noise": noise,
+        "sigma": sigma,
+        "noisy": noisy,
+        "velocity_pred": velocity_pred,
+        "target": target,
+        "loss": loss,
+    } | padded(conds)
     if batch.mask is not None:
         tensors["mask"] = batch.mask
     metadata = {

@@ -15,7 +15,16 @@ from library.errors import ConfigError
 from library.families import FAMILIES, get_family
 from library.layout import Shape
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "net.", "transformer.", "first_stage_model.", "vae.")
+PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.",
+    "net.",
+    "transformer.",
+    "first_stage_model.",
+    "vae.",
+)
 LORA_SUFFIXES = (
     ".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight",
     ".lora_B.default.weight", ".alpha", ".dora_scale", ".lokr_w1", ".lokr_w2", ".hada_w1_a", ".hada_w1_b",
@@ -101,7 +110,7 @@ def identify(checkpoint: Checkpoint, exact: bool = False) -> Identity:
     if known:
         return known
     for prefix in PREFIXES:
-        names = {key[len(prefix):] for key in shapes if key.startswith(prefix)}
+        names = {key[len(prefix) :] for key in shapes if key.startswith(prefix)}
         for kind, family, variant, title, keys in TABLE:
             if all(key in names for key in keys):
                 return Identity(kind, family, variant, "original", "", matched=len(names), title=title, **common)
@@ -136,8 +145,18 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool) -> 
                 wanted = _names(part, layout, shapes, checkpoint.metadata) if exact else shapes
                 unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
                 kind = "checkpoint" if part is family.denoiser else part.name
-                return Identity(kind, family.name, "", layout, "", matched=len(shapes) - len(unmatched), unmatched=unmatched,
-                                missing=[k for k in wanted if k not in shapes], title=part.title, **common)
+                return Identity(
+                    kind,
+                    family.name,
+                    "",
+                    layout,
+                    "",
+                    matched=len(shapes) - len(unmatched),
+                    unmatched=unmatched,
+                    missing=[k for k in wanted if k not in shapes],
+                    title=part.title,
+                    **common,
+                )
     return None
 
 
@@ -161,12 +180,25 @@ def _lora(shapes: Mapping[str, Shape], common: dict[str, Any]) -> Identity:
     unmatched = sorted(key for key in shapes if not key.startswith(prefix) or not key.endswith(LORA_SUFFIXES))
     family = next((name for name in FAMILIES if _fits(name, modules, found)), "")
     title = f"a LoRA of {get_family(family).title} in {found} names" if family else f"a LoRA in {found} names"
-    return Identity("lora", family, "", "original" if found != "diffusers" else "diffusers", found,
-                    matched=len(shapes) - len(unmatched), unmatched=unmatched, title=title, **common)
+    return Identity(
+        "lora",
+        family,
+        "",
+        "original" if found != "diffusers" else "diffusers",
+        found,
+        matched=len(shapes) - len(unmatched),
+        unmatched=unmatched,
+        title=title,
+        **common,
+    )
 
 
 def _module(key: str) -> str:
-    return next(key.removesuffix(suffix) for suffix in LORA_SUFFIXES if key.endswith(suffix)) if key.endswith(LORA_SUFFIXES) else key
+    return (
+        next(key.removesuffix(suffix) for suffix in LORA_SUFFIXES if key.endswith(suffix))
+        if key.endswith(LORA_SUFFIXES)
+        else key
+    )
 
 
 def _fits(name: str, modules: set[str], found: str) -> bool:

@@ -57,8 +57,16 @@ def density(u: Tensor, scheme: str, logit_mean: float, logit_std: float, mode_sc
 
 
 def quantile(
-    u: Tensor, *, sampling: str, sigmoid_scale: float, shift: float, weighting_scheme: str, logit_mean: float,
-    logit_std: float, mode_scale: float, tokens: int,
+    u: Tensor,
+    *,
+    sampling: str,
+    sigmoid_scale: float,
+    shift: float,
+    weighting_scheme: str,
+    logit_mean: float,
+    logit_std: float,
+    mode_scale: float,
+    tokens: int,
 ) -> Tensor:
     """Sigma at `u`, the quantile function of each `--timestep_sampling`, before min and max; float32.
 
@@ -77,9 +85,7 @@ def quantile(
     return out.float()
 
 
-def sigma_from(
-    uniform: Tensor, *, min_sigma: float = 0.0, max_sigma: float = 1.0, **distribution: object
-) -> Tensor:
+def sigma_from(uniform: Tensor, *, min_sigma: float = 0.0, max_sigma: float = 1.0, **distribution: object) -> Tensor:
     """[B] float32 sigma from pre-drawn uniforms [B]; `distribution` are the arguments of `quantile`.
 
     Minimum and maximum cut the distribution: u is mapped into the part of (0, 1) whose quantiles lie between them, so
@@ -108,7 +114,9 @@ def sigma_quantiles(points: Sequence[float], **distribution: object) -> Tensor:
     return sigma_from(torch.tensor(points, dtype=torch.float64), **distribution)  # type: ignore[arg-type]
 
 
-def apply_prediction_type(predicted: Tensor, target: Tensor, noisy_x: Tensor, sigma: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def apply_prediction_type(
+    predicted: Tensor, target: Tensor, noisy_x: Tensor, sigma: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
     """What the loss compares: raw velocity; `additive` v + x_sigma; `sigma_scaled` x_sigma - sigma v = x0.
 
     sd-scripts transforms only the prediction, so that its loss has no minimum at the true velocity; here the target

@@ -57,7 +57,9 @@ def read_header(path: Path | str) -> Header:
             if not 2 <= length <= MAX_HEADER or first[:2] == b"PK":
                 raise ConfigError(f"{path} is not a safetensors file ({_guess(first)}); convert it to safetensors")
             if 8 + length > size:
-                raise ConfigError(f"{path} is truncated: its header alone has {length} bytes, the file {size}; load it anew")
+                raise ConfigError(
+                    f"{path} is truncated: its header alone has {length} bytes, the file {size}; load it anew"
+                )
             raw = file.read(length)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -30,7 +30,11 @@ class Outputs:
         self.folder: Path = trainer.plan.output_dir
         self.name = self.options.output_name
         self.schedule = Schedule(self.options, trainer.plan.steps_per_epoch, trainer.plan.total_steps)
-        self.log = report.JsonLog(self.folder / f"{self.name}.jsonl", resume_step=trainer.position.step) if self._main else None
+        self.log = (
+            report.JsonLog(self.folder / f"{self.name}.jsonl", resume_step=trainer.position.step)
+            if self._main
+            else None
+        )
         self.validation = Validation(trainer) if trainer.dataset.validation else None
         self.samples = self._sample_run() if self._main and trainer.prompts else None
         self.base_metadata = self._metadata() if self._main else {}
@@ -39,7 +43,9 @@ class Outputs:
         self.key_line, self.last_loss = "", math.nan
         self.dumped = False
         if self._main and self.options.log_with:
-            self.runtime.accelerator.init_trackers(config=self._tracker_config(), **trackers.init_arguments(self.options))
+            self.runtime.accelerator.init_trackers(
+                config=self._tracker_config(), **trackers.init_arguments(self.options)
+            )
 
     @property
     def _main(self) -> bool:
@@ -74,8 +80,14 @@ class Outputs:
         loss = self.runtime.sum(sum(losses) if losses else norm.new_zeros(()))
         self._write_pending()
         now = time.perf_counter()
-        self.pending = (position.step, position.epoch, loss, norm, now - self.step_started,
-                        optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups))
+        self.pending = (
+            position.step,
+            position.epoch,
+            loss,
+            norm,
+            now - self.step_started,
+            optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups),
+        )
         self.step_started = now
         busy = self.schedule.save_name(position.step), self.schedule.sample(position.step)
         if last or any(busy) or (self.validation and self.schedule.validate(position.step)):
@@ -90,7 +102,7 @@ class Outputs:
         self.pending = None
         position = self.trainer.position
         loss, norm = float(loss), float(norm)
-        position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch:]
+        position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch :]
         position.loss_average = sum(position.losses) / len(position.losses)
         position.seconds += seconds
         self.last_loss = loss
@@ -98,13 +110,30 @@ class Outputs:
         rate = (time.perf_counter() - self.first_step) / max(done, 1)
         eta = rate * (self.trainer.plan.total_steps - step)
         if self._main:
-            self.log.write(step=step, epoch=epoch + 1, loss=loss, loss_average=position.loss_average, grad_norm=norm,
-                           lr=rates, seconds={"step": seconds}, eta=eta)
-            self._track({"loss/current": loss, "loss/average": position.loss_average, "norm/grad": norm,
-                         **{f"lr/{name}": value for name, value in rates.items()}}, step)
+            self.log.write(
+                step=step,
+                epoch=epoch + 1,
+                loss=loss,
+                loss_average=position.loss_average,
+                grad_norm=norm,
+                lr=rates,
+                seconds={"step": seconds},
+                eta=eta,
+            )
+            self._track(
+                {
+                    "loss/current": loss,
+                    "loss/average": position.loss_average,
+                    "norm/grad": norm,
+                    **{f"lr/{name}": value for name, value in rates.items()},
+                },
+                step,
+            )
             if step % self.options.log_every_n_steps == 0 or step == self.trainer.plan.total_steps:
-                self.say(f"step {step}/{self.trainer.plan.total_steps}  loss {loss:.4f}  average {position.loss_average:.4f}"
-                         f"  {seconds:.2f} s  left {eta / 60:.1f} min")
+                self.say(
+                    f"step {step}/{self.trainer.plan.total_steps}  loss {loss:.4f}  average {position.loss_average:.4f}"
+                    f"  {seconds:.2f} s  left {eta / 60:.1f} min"
+                )
 
     def _boundary(self, save_name: str | None, *, sample: bool, last: bool) -> None:
         """Saves first, then the state, then everything that may fail."""
@@ -114,7 +143,9 @@ class Outputs:
             name = file_name(self.name) if last else save_name
             if name:
                 self._save(self.folder / name)
-            if (save_name and self.options.save_state) or (last and (self.options.save_state or self.options.save_state_on_train_end)):
+            if (save_name and self.options.save_state) or (
+                last and (self.options.save_state or self.options.save_state_on_train_end)
+            ):
                 self._save_state()
             for path in prune(self.options, self.folder, trainer.plan.steps_per_epoch, position.step) if name else []:
                 self.say(f"deleted {path.name} (--save_last_n_...)")
@@ -135,8 +166,15 @@ class Outputs:
     def _save_state(self) -> None:
         trainer = self.trainer
         folder = state.state_path(self.folder, self.name, trainer.position.step)
-        state.save_state(folder, {k: v.detach().cpu().contiguous() for k, v in trainer.trained.items()}, trainer.optimizer,
-                         trainer.scheduler, trainer.scaler, trainer.position, self.options.as_dict())
+        state.save_state(
+            folder,
+            {k: v.detach().cpu().contiguous() for k, v in trainer.trained.items()},
+            trainer.optimizer,
+            trainer.scheduler,
+            trainer.scaler,
+            trainer.position,
+            self.options.as_dict(),
+        )
         self.say(f"state {folder.name}: continue with --resume {folder}")
 
     def _validate(self) -> None:
@@ -152,14 +190,26 @@ class Outputs:
 
         t = self.trainer
         first = t.dataset.items[0].placement.bucket
-        return Samples(t.prompts, self.options.family, self.options, t.sample_conds, self.folder, self.name,
-                       self.runtime.load_vae, self.runtime.device, self.runtime.autocast,
-                       self.runtime.latent_channels(t.denoiser), max(first))
+        return Samples(
+            t.prompts,
+            self.options.family,
+            self.options,
+            t.sample_conds,
+            self.folder,
+            self.name,
+            self.runtime.load_vae,
+            self.runtime.device,
+            self.runtime.autocast,
+            self.runtime.latent_channels(t.denoiser),
+            max(first),
+        )
 
     def _sample(self, step: int) -> None:
         trainer, per_epoch = self.trainer, self.trainer.plan.steps_per_epoch
         epoch = step // per_epoch if self.options.sample_every_n_epochs and step and step % per_epoch == 0 else None
-        self._guarded(lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, epoch=epoch), "sampling")
+        self._guarded(
+            lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, epoch=epoch), "sampling"
+        )
 
     def _guarded(self, work: Any, what: str) -> Any:
         try:
@@ -209,8 +259,14 @@ class Outputs:
             **self._style(),
         }
         path = report.write(
-            self.folder, self.name, title=f"{self.name}: {self.options.family.title}", facts=facts, plan=plan.text,
-            options=self.options.report(), log=self.log.path, files=self.saved,
+            self.folder,
+            self.name,
+            title=f"{self.name}: {self.options.family.title}",
+            facts=facts,
+            plan=plan.text,
+            options=self.options.report(),
+            log=self.log.path,
+            files=self.saved,
             grid=self.samples.grid_path if self.samples else None,
         )
         self.say(f"report: {path}")

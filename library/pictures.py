@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 CELL, MARGIN, LABEL = 128, 8, 150  # smallest side of a cell, space between cells, width of the row labels, in pixels
 
 
-def grid(images: list[list[np.ndarray]], row_labels: list[str], column_labels: list[str], title: str = "") -> Image.Image:
+def grid(
+    images: list[list[np.ndarray]], row_labels: list[str], column_labels: list[str], title: str = ""
+) -> Image.Image:
     """Pictures [row][column] uint8 [H,W,3] with labels; small ones are enlarged without smoothing."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -48,8 +48,10 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     if not options.output_dir:
         raise ConfigError("--output_dir is missing: say where the results are to be written")
     output_dir = Path(options.output_dir)
-    parts = {part.name: check_part(part, getattr(options, part.option), f"--{part.option}")
-             for part in (family.denoiser, family.vae, *family.text_encoders)}
+    parts = {
+        part.name: check_part(part, getattr(options, part.option), f"--{part.option}")
+        for part in (family.denoiser, family.vae, *family.text_encoders)
+    }
     check_tokenizers(options)
     _check_network(options)
     _check_prompts(options)
@@ -89,7 +91,9 @@ def _check_network(options: Options) -> None:
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise ConfigError(f"--network_module {name}: no such module; built in is networks.lora, others must be installed")
+            raise ConfigError(
+                f"--network_module {name}: no such module; built in is networks.lora, others must be installed"
+            )
     for option in ("network_weights",):
         path = getattr(options, option)
         if path and not Path(path).is_file():
@@ -126,13 +130,17 @@ def estimate_bytes(options: Options) -> int:
 def _resume(options: Options, plan: Plan) -> None:
     folder = state.find_state(options.resume, plan.output_dir, options.output_name)
     if folder is None:
-        plan.warnings.append(f"--resume auto: no complete state of '{options.output_name}' in {plan.output_dir}; starting anew")
+        plan.warnings.append(
+            f"--resume auto: no complete state of '{options.output_name}' in {plan.output_dir}; starting anew"
+        )
         return
     plan.resume = folder
     plan.position, plan.changed_options = state.read_state(folder, options.as_dict(), bool(options.resume_anyway))
     if plan.position.step >= plan.total_steps:
-        raise ConfigError(f"--resume {folder}: it stands at step {plan.position.step} of {plan.total_steps}, "
-                          "nothing is left to do; raise --max_train_steps or --max_train_epochs")
+        raise ConfigError(
+            f"--resume {folder}: it stands at step {plan.position.step} of {plan.total_steps}, "
+            "nothing is left to do; raise --max_train_steps or --max_train_epochs"
+        )
 
 
 def table(options: Options, plan: Plan) -> str:
@@ -147,7 +155,9 @@ def table(options: Options, plan: Plan) -> str:
     )
     lines.append(f"written to: {plan.output_dir} as {options.output_name}.safetensors")
     if plan.resume:
-        lines.append(f"resuming {plan.resume}: step {plan.position.step}, epoch {plan.position.epoch + 1}, "
-                     f"loss average {plan.position.loss_average:.4f}"
-                     + (f"; changed options: {', '.join(plan.changed_options)}" if plan.changed_options else ""))
+        lines.append(
+            f"resuming {plan.resume}: step {plan.position.step}, epoch {plan.position.epoch + 1}, "
+            f"loss average {plan.position.loss_average:.4f}"
+            + (f"; changed options: {', '.join(plan.changed_options)}" if plan.changed_options else "")
+        )
     return "\n".join(lines + [f"note: {warning}" for warning in plan.warnings])

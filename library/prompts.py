@@ -81,7 +81,9 @@ def parse_line(line: str, where: str) -> Prompt:
         if flag in ELSEWHERE:
             raise ConfigError(f"{where}: --{flag} is not read here: {ELSEWHERE[flag]}")
         if flag not in FLAGS:
-            raise ConfigError(f"{where}: --{flag} is not an option of a prompt (known: {', '.join('--' + f for f in FLAGS)})")
+            raise ConfigError(
+                f"{where}: --{flag} is not an option of a prompt (known: {', '.join('--' + f for f in FLAGS)})"
+            )
         values[FLAGS[flag]] = value.strip()
     return _entry(values, where)
 

@@ -73,16 +73,28 @@ padding:1em;overflow:auto;font-size:12px}td{padding:.1em 1em .1em 0;vertical-ali
 
 
 def write(
-    folder: Path, name: str, *, title: str, facts: Mapping[str, str], plan: str, options: str, log: Path,
-    files: list[Path], grid: Path | None,
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    plan: str,
+    options: str,
+    log: Path,
+    files: list[Path],
+    grid: Path | None,
 ) -> Path:
     """`<name>-report.html`, self-contained, and `<name>-loss.png`. Every text from outside is escaped."""
     curve = loss_curve(log)
     if curve:
         _write(folder / f"{name}-loss.png", curve)
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    listed = "".join(f"<tr><td>{html.escape(p.name)}</td><td>{p.stat().st_size:,} bytes</td></tr>" for p in files if p.is_file())
-    pictures = _picture("The base model and the training, same seeds", grid.read_bytes()) if grid and grid.is_file() else ""
+    listed = "".join(
+        f"<tr><td>{html.escape(p.name)}</td><td>{p.stat().st_size:,} bytes</td></tr>" for p in files if p.is_file()
+    )
+    pictures = (
+        _picture("The base model and the training, same seeds", grid.read_bytes()) if grid and grid.is_file() else ""
+    )
     pictures += _picture("Loss", curve) if curve else ""
     page = (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"

@@ -43,7 +43,9 @@ class Runtime:
             kwargs_handlers=handlers,
         )
         self.device, self.rank, self.world = (
-            self.accelerator.device, self.accelerator.process_index, self.accelerator.num_processes,
+            self.accelerator.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
         )
         by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
         if self.device.type == "cpu" and by_launcher:
@@ -224,7 +226,9 @@ class Runtime:
                 p.grad = torch.zeros_like(p)
         flat = torch._utils._flatten_dense_tensors([p.grad for p in parameters])
         torch.distributed.all_reduce(flat)
-        for p, grad in zip(parameters, torch._utils._unflatten_dense_tensors(flat, [p.grad for p in parameters]), strict=True):
+        for p, grad in zip(
+            parameters, torch._utils._unflatten_dense_tensors(flat, [p.grad for p in parameters]), strict=True
+        ):
             p.grad.copy_(grad)
 
     def sum(self, value: Tensor) -> Tensor:

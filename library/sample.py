@@ -24,8 +24,17 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def generate_latents(
-    family: Family, denoiser: torch.nn.Module, cond: Cond, uncond: Cond | None, *, shape: tuple[int, int, int], seed: int,
-    steps: int, scale: float, shift: float, device: Any,
+    family: Family,
+    denoiser: torch.nn.Module,
+    cond: Cond,
+    uncond: Cond | None,
+    *,
+    shape: tuple[int, int, int],
+    seed: int,
+    steps: int,
+    scale: float,
+    shift: float,
+    device: Any,
 ) -> Tensor:
     """Latents [1,C,h,w] float32 by Euler steps of the probability-flow ODE, dx/dsigma = velocity.
 
@@ -52,7 +61,9 @@ def decode(family: Family, vae: torch.nn.Module, latents: Tensor) -> np.ndarray:
 
 def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int) -> tuple[int, int, int]:
     """[C,h,w] for a prompt; sides are rounded down to the family's multiple."""
-    sides = [(side or resolution) // family.pixel_multiple * family.pixel_multiple for side in (prompt.height, prompt.width)]
+    sides = [
+        (side or resolution) // family.pixel_multiple * family.pixel_multiple for side in (prompt.height, prompt.width)
+    ]
     return (channels, *(max(side, family.pixel_multiple) // family.latent_downscale for side in sides))  # type: ignore[return-value]
 
 
@@ -60,12 +71,27 @@ class Samples:
     """The sample pictures of one run: base column once, then a column a call; rank 0 only."""
 
     def __init__(
-        self, prompts: list[Prompt], family: Family, options: Options, conds: dict[str, Cond], folder: Path, name: str,
-        load_vae: Callable[[], torch.nn.Module], device: Any, autocast: Callable[[], contextlib.AbstractContextManager],
-        channels: int, resolution: int,
+        self,
+        prompts: list[Prompt],
+        family: Family,
+        options: Options,
+        conds: dict[str, Cond],
+        folder: Path,
+        name: str,
+        load_vae: Callable[[], torch.nn.Module],
+        device: Any,
+        autocast: Callable[[], contextlib.AbstractContextManager],
+        channels: int,
+        resolution: int,
     ) -> None:
         self.prompts, self.family, self.options, self.conds = prompts, family, options, conds
-        self.folder, self.name, self.load_vae, self.device, self.autocast = folder / "sample", name, load_vae, device, autocast
+        self.folder, self.name, self.load_vae, self.device, self.autocast = (
+            folder / "sample",
+            name,
+            load_vae,
+            device,
+            autocast,
+        )
         self.channels, self.resolution = channels, resolution
         self.columns: list[tuple[str, list[np.ndarray]]] = []
         self.latents: dict[str, list[Tensor]] = {}
@@ -81,7 +107,9 @@ class Samples:
             if network is not None:
                 network.set_multiplier(1.0)
 
-    def render(self, denoiser: torch.nn.Module, network: torch.nn.Module | None, *, step: int, epoch: int | None) -> None:
+    def render(
+        self, denoiser: torch.nn.Module, network: torch.nn.Module | None, *, step: int, epoch: int | None
+    ) -> None:
         """One column with the network as it is now; the grid is written anew."""
         self._column(f"step {step}", denoiser, network, f"e{epoch:06d}" if epoch is not None else f"{step:06d}")
         rows = [[pictures[i] for _, pictures in self.columns] for i in range(len(self.prompts))]
@@ -102,7 +130,9 @@ class Samples:
                 pictures.append(picture)
                 if tag is not None:
                     seed = self._seed(prompt, number)
-                    save_png(picture, self.folder / f"{self.name}_{tag}_{number:02d}_{seed}.png", {"prompt": prompt.prompt})
+                    save_png(
+                        picture, self.folder / f"{self.name}_{tag}_{number:02d}_{seed}.png", {"prompt": prompt.prompt}
+                    )
         finally:
             trained.train(was_training)
             denoiser.train(was_training)
@@ -110,13 +140,22 @@ class Samples:
             random.setstate(python_state)
         self.columns = [c for c in self.columns if c[0] != label] + [(label, pictures)]
 
-    def _picture(self, denoiser: torch.nn.Module, vae: torch.nn.Module, prompt: Prompt, number: int, label: str) -> np.ndarray:
+    def _picture(
+        self, denoiser: torch.nn.Module, vae: torch.nn.Module, prompt: Prompt, number: int, label: str
+    ) -> np.ndarray:
         shift = prompt.flow_shift if prompt.flow_shift is not None else self.options.discrete_flow_shift
         with self.autocast():
             latents = generate_latents(
-                self.family, denoiser, self.conds[prompt.prompt], self.conds[prompt.negative_prompt],
-                shape=latent_shape(self.family, prompt, self.channels, self.resolution), seed=self._seed(prompt, number),
-                steps=prompt.sample_steps, scale=prompt.scale, shift=shift, device=self.device,
+                self.family,
+                denoiser,
+                self.conds[prompt.prompt],
+                self.conds[prompt.negative_prompt],
+                shape=latent_shape(self.family, prompt, self.channels, self.resolution),
+                seed=self._seed(prompt, number),
+                steps=prompt.sample_steps,
+                scale=prompt.scale,
+                shift=shift,
+                device=self.device,
             )
         self.latents[label].append(latents.cpu())
         return decode(self.family, vae, latents)
@@ -135,7 +174,9 @@ def style_distance(samples: list[Tensor], training: list[Tensor]) -> float:
     """
     moments = []
     for pictures in (samples, training):
-        vectors = torch.cat([p.reshape(-1, *p.shape[-3:]).permute(0, 2, 3, 1).reshape(-1, p.shape[-3]) for p in pictures]).double()
+        vectors = torch.cat(
+            [p.reshape(-1, *p.shape[-3:]).permute(0, 2, 3, 1).reshape(-1, p.shape[-3]) for p in pictures]
+        ).double()
         moments.append((vectors.mean(0), torch.cov(vectors.T)))
     (m1, c1), (m2, c2) = moments
     values, vectors = torch.linalg.eigh(c1)

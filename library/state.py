@@ -90,7 +90,9 @@ def read_state(folder: Path, options: dict[str, Any], resume_anyway: bool) -> tu
     """
     path = folder / "state.json"
     if not path.is_file():
-        raise ConfigError(f"--resume {folder}: no state.json in it, so it is no complete state; give a '...-state' folder")
+        raise ConfigError(
+            f"--resume {folder}: no state.json in it, so it is no complete state; give a '...-state' folder"
+        )
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.get("version") != VERSION:
         raise ConfigError(f"--resume {folder}: state version {stored.get('version')}, this program reads {VERSION}")
@@ -99,8 +101,9 @@ def read_state(folder: Path, options: dict[str, Any], resume_anyway: bool) -> tu
     binding = [name for name in changed if name not in FREE]
     if binding and not resume_anyway:
         listed = ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in binding[:5])
-        raise ConfigError(f"--resume {folder}: options that change the result differ: {listed}; "
-                          "set them back or add --resume_anyway")
+        raise ConfigError(
+            f"--resume {folder}: options that change the result differ: {listed}; set them back or add --resume_anyway"
+        )
     return Position(**stored["position"]), changed
 
 
@@ -112,14 +115,18 @@ def load_state(folder: Path, trained: dict, optimizer: Any, scheduler: Any, scal
     with safe_open(folder / "trained.safetensors", framework="pt") as file:
         keys = set(file.keys())
         if keys != trained.keys():
-            raise ConfigError(f"--resume {folder}: its weights are of another model or network "
-                              f"({len(keys ^ trained.keys())} names differ, {sorted(keys ^ trained.keys())[:2]})")
+            raise ConfigError(
+                f"--resume {folder}: its weights are of another model or network "
+                f"({len(keys ^ trained.keys())} names differ, {sorted(keys ^ trained.keys())[:2]})"
+            )
         with torch.no_grad():
             for name, tensor in trained.items():
                 stored = file.get_tensor(name)
                 if stored.shape != tensor.shape:
-                    raise ConfigError(f"--resume {folder}: {name} is {tuple(stored.shape)} there, "
-                                      f"{tuple(tensor.shape)} here; --network_dim changed?")
+                    raise ConfigError(
+                        f"--resume {folder}: {name} is {tuple(stored.shape)} there, "
+                        f"{tuple(tensor.shape)} here; --network_dim changed?"
+                    )
                 tensor.copy_(stored)
     for name, value in {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}.items():
         value.load_state_dict(torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True))

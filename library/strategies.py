@@ -81,8 +81,10 @@ class CachedLatents:
             return self.memory[key].float()
         found = self.store.get(self.identities[key])
         if found is None:
-            raise DatasetError(f"a cached latent vanished or was damaged during the run ({self.store.path(self.identities[key])}); "
-                               "start again, it will be made anew")
+            raise DatasetError(
+                f"a cached latent vanished or was damaged during the run ({self.store.path(self.identities[key])}); "
+                "start again, it will be made anew"
+            )
         return found["latents"].float()
 
     def picture(self, item: Item, rng: random.Random) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +99,12 @@ class CachedLatents:
 
 
 def latent_source(
-    dataset: Dataset, family: Family, load_vae: Callable[[], torch.nn.Module], options: Any, rank: int = 0, world: int = 1,
+    dataset: Dataset,
+    family: Family,
+    load_vae: Callable[[], torch.nn.Module],
+    options: Any,
+    rank: int = 0,
+    world: int = 1,
     say: Callable[[str], None] = print,
 ) -> LiveLatents | CachedLatents:
     """What the options ask for; caching itself happens here, this process's share of it. Loads the VAE only if needed."""
@@ -106,11 +113,18 @@ def latent_source(
     folder = cache_folder(options, dataset)
     hashes = ContentHashes(folder if options.cache_latents_to_disk else None)
     vae = hashes.of_tree(Path(getattr(options, family.vae.option)))
-    jobs = [(item, flip) for item in (*dataset.items, *dataset.validation) for flip in ((False, True) if item.subset.flip_aug else (False,))]
+    jobs = [
+        (item, flip)
+        for item in (*dataset.items, *dataset.validation)
+        for flip in ((False, True) if item.subset.flip_aug else (False,))
+    ]
     with ThreadPoolExecutor() as pool:
         contents = list(pool.map(lambda job: hashes.of(job[0].path), jobs))
     identities = {
-        (item.index, flip): f"latents {RECIPE} {family.name} vae {vae} picture {content} flip {flip} {images.preprocessing_key(item)}"
+        (
+            item.index,
+            flip,
+        ): f"latents {RECIPE} {family.name} vae {vae} picture {content} flip {flip} {images.preprocessing_key(item)}"
         for (item, flip), content in zip(jobs, contents, strict=True)
     }
     hashes.write()
@@ -128,7 +142,9 @@ def latent_source(
     return source
 
 
-def encode_latents(jobs: list[tuple[Item, bool]], source: CachedLatents, family: Family, vae: torch.nn.Module, size: int) -> None:
+def encode_latents(
+    jobs: list[tuple[Item, bool]], source: CachedLatents, family: Family, vae: torch.nn.Module, size: int
+) -> None:
     """Encode pictures in batches of one bucket; threads decode the next pictures and write the last ones meanwhile."""
     order = sorted(jobs, key=lambda job: job[0].placement.bucket)
     batches: list[list[tuple[Item, bool]]] = []
@@ -157,18 +173,30 @@ def _pixels(item: Item, flip: bool) -> Tensor:
     return to_tensor(images.load(item, item_rng(0, 0, 0, 0), flip=flip).pixels)
 
 
-def _encode_one(batch: list, futures: list[Future], source: CachedLatents, family: Family, vae: Any, device: Any,
-                writer: ThreadPoolExecutor, written: deque[Future]) -> None:
+def _encode_one(
+    batch: list,
+    futures: list[Future],
+    source: CachedLatents,
+    family: Family,
+    vae: Any,
+    device: Any,
+    writer: ThreadPoolExecutor,
+    written: deque[Future],
+) -> None:
     pixels = torch.stack([future.result() for future in futures]).to(device)
     with torch.no_grad():
         latents = family.encode_image(vae, pixels).to("cpu", STORED)
     for (item, flip), value in zip(batch, latents, strict=True):
         if not torch.isfinite(value).all():
-            raise DatasetError(f"{item.path}: the VAE gives latents that are not finite numbers; is the picture or the VAE damaged?")
+            raise DatasetError(
+                f"{item.path}: the VAE gives latents that are not finite numbers; is the picture or the VAE damaged?"
+            )
         if source.store is None:
             source.memory[item.index, flip] = value.clone()
         else:
-            written.append(writer.submit(source.store.put, source.identities[item.index, flip], {"latents": value.clone()}))
+            written.append(
+                writer.submit(source.store.put, source.identities[item.index, flip], {"latents": value.clone()})
+            )
     while len(written) > 64:
         written.popleft().result()
 
@@ -207,8 +235,14 @@ def plain_caption(item: Item) -> str:
 
 
 def text_source(
-    dataset: Dataset, family: Family, load_encoders: Callable[[], tuple[list, list]], options: Any, extra: Iterable[str] = (),
-    rank: int = 0, world: int = 1, say: Callable[[str], None] = print,
+    dataset: Dataset,
+    family: Family,
+    load_encoders: Callable[[], tuple[list, list]],
+    options: Any,
+    extra: Iterable[str] = (),
+    rank: int = 0,
+    world: int = 1,
+    say: Callable[[str], None] = print,
 ) -> LiveText | CachedText:
     """What the options ask for. Captions that change at random cannot be cached and are refused by name."""
     if not options.cache_text_encoder_outputs:
@@ -216,8 +250,10 @@ def text_source(
     captions = dict.fromkeys(extra)
     for item in (*dataset.items, *dataset.validation):
         if changing := is_changing(item.subset):
-            raise ConfigError(f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture a new caption "
-                              "in every step; switch them off or do not cache text outputs")
+            raise ConfigError(
+                f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture a new caption "
+                "in every step; switch them off or do not cache text outputs"
+            )
         captions.update(dict.fromkeys(variants(item.caption, item.subset)))
     source = CachedText()
     store, identity = None, None
@@ -245,12 +281,21 @@ def _text_identity(family: Family, options: Any, folder: Path) -> str:
     return f"text {RECIPE} {family.name} {' '.join(parts)}"
 
 
-def _encode_texts(captions: list[str], source: CachedText, family: Family, load_encoders: Callable, store: Store | None,
-                  identity: str | None, rank: int) -> None:
+def _encode_texts(
+    captions: list[str],
+    source: CachedText,
+    family: Family,
+    load_encoders: Callable,
+    store: Store | None,
+    identity: str | None,
+    rank: int,
+) -> None:
     encoders, tokenizers = load_encoders()
     device = next(encoders[0].parameters()).device
     for caption in captions:
-        cond = {name: value.contiguous() for name, value in family.encode(encoders, tokenizers, caption, device).items()}
+        cond = {
+            name: value.contiguous() for name, value in family.encode(encoders, tokenizers, caption, device).items()
+        }
         if not all(torch.isfinite(value).all() for value in cond.values()):
             raise DatasetError(f"the text encoder gives no finite numbers for the caption {caption[:80]!r}")
         source.memory[caption] = cond

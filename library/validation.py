@@ -36,7 +36,9 @@ class Validation:
             noise = torch.randn(x0.shape, generator=generator).to(runtime.device)
             conds = [runtime.to_device(trainer.text.get(plain_caption(item)))]
             for q in QUANTILES:
-                sigma = flow.sigma_quantiles([q], tokens=runtime.tokens(x0), **runtime.sigma_options()).to(runtime.device)
+                sigma = flow.sigma_quantiles([q], tokens=runtime.tokens(x0), **runtime.sigma_options()).to(
+                    runtime.device
+                )
                 with runtime.autocast():
                     predicted = trainer.family.predict(trainer.denoiser, flow.noisy(x0, noise, sigma), sigma, conds)
                 totals[q] += float((predicted.float() - flow.velocity(x0, noise)).square().mean())

@@ -35,10 +35,15 @@ def test_imports_point_one_way():
             if top == "tools" and not here.startswith("tools"):
                 wrong.append(f"{here} imports {name}")
             if here.startswith(("library.families.", "library.components.")) and (
-                top in ("train_network", "networks") or (name.startswith("library.families.") and name != "library.families.family")
+                top in ("train_network", "networks")
+                or (name.startswith("library.families.") and name != "library.families.family")
             ):
                 wrong.append(f"{here} imports {name}")
-            if here.startswith("networks") and name.startswith("library.families.") and name != "library.families.family":
+            if (
+                here.startswith("networks")
+                and name.startswith("library.families.")
+                and name != "library.families.family"
+            ):
                 wrong.append(f"{here} imports {name}")
     runtime_only = [w for w in wrong if "train_network" not in w or "families" in w]
     assert not runtime_only, runtime_only
@@ -74,12 +79,12 @@ SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if p.name != "setup.py")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_needs_neither_torch_nor_diffusers(script):
     code = (
-        "import sys, runpy; sys.argv = [%r, '--help']\n"
-        "try:\n    runpy.run_path(%r, run_name='__main__')\n"
+        f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+        f"try:\n    runpy.run_path({script!r}, run_name='__main__')\n"
         "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy"
-    ) % (script, script)
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "--learning_rate" in done.stdout or "--prompt" in done.stdout

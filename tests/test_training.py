@@ -16,20 +16,36 @@ def full(toy):  # noqa: F811
 @pytest.fixture(scope="module")
 def lora_run(toy, pictures, tmp_path_factory):  # noqa: F811
     output = tmp_path_factory.mktemp("run")
-    trainer = train(toy, pictures, output, "--max_train_steps", "6", "--learning_rate", "1e-2", "--save_every_n_steps", "3",
-                    "--dump_batch_at_step", "2")
+    trainer = train(
+        toy,
+        pictures,
+        output,
+        "--max_train_steps",
+        "6",
+        "--learning_rate",
+        "1e-2",
+        "--save_every_n_steps",
+        "3",
+        "--dump_batch_at_step",
+        "2",
+    )
     return output, trainer
 
 
 def test_a_run_leaves_its_files_and_every_key_is_one_that_comfyui_takes(lora_run):
     output, trainer = lora_run
     assert {p.name for p in output.glob("*.safetensors")} == {
-        "run.safetensors", "run-step00000003.safetensors", "run-batch-step2.safetensors"}
+        "run.safetensors",
+        "run-step00000003.safetensors",
+        "run-batch-step2.safetensors",
+    }
     assert len(losses(output)) == 6
     assert (output / "run-report.html").is_file()
     modules = trainer.denoiser.binding.layout.their_modules
     with safe_open(output / "run.safetensors", "pt") as file:
-        names = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file.keys()}
+        names = {
+            key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file
+        }
         metadata = file.metadata()
     assert names <= modules.keys() and len(names) > 10
     assert metadata["ss_steps"] == "6" and metadata["ss_network_module"] == "networks.lora"
@@ -58,7 +74,9 @@ def test_the_lora_starts_as_the_base_model(toy, pictures, tmp_path):  # noqa: F8
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_training_overfits(toy, pictures, tmp_path, kind):  # noqa: F811
     config, rate = (toy, "1e-2") if kind == "lora" else (full(toy), "1e-3")
-    train(config, pictures, tmp_path, "--max_train_steps", "60", "--learning_rate", rate, "--timestep_sampling", "uniform")
+    train(
+        config, pictures, tmp_path, "--max_train_steps", "60", "--learning_rate", rate, "--timestep_sampling", "uniform"
+    )
     values = losses(tmp_path)
     assert sum(values[-12:]) < 0.8 * sum(values[:12])
 
@@ -80,7 +98,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(toy, pictures, tmp_path, ki
     extra, toy = RESUMES[kind], full(toy) if kind == "full" else toy
     extra = ("--learning_rate", "1e-2", *extra) if "--learning_rate" not in extra else extra
     train(toy, pictures, tmp_path / "whole", "--max_train_steps", "7", *extra)
-    train(toy, pictures, tmp_path / "parts", "--max_train_steps", "7", "--save_every_n_steps", "4", "--save_state", *extra)
+    train(
+        toy, pictures, tmp_path / "parts", "--max_train_steps", "7", "--save_every_n_steps", "4", "--save_state", *extra
+    )
     (tmp_path / "parts" / "run.safetensors").unlink()
     state = tmp_path / "parts" / "run-step00000004-state"
     train(toy, pictures, tmp_path / "parts", "--max_train_steps", "7", "--resume", str(state), *extra)
@@ -107,9 +127,17 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(toy, pi
 
     one = tmp_path / "one"
     train(toy, pictures, one, "--max_train_steps", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533",
-               "z_image_train_network.py",
-               *arguments(toy, pictures, tmp_path / "two", "--max_train_steps", "4", "--learning_rate", "1e-2")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29533",
+        "z_image_train_network.py",
+        *arguments(toy, pictures, tmp_path / "two", "--max_train_steps", "4", "--learning_rate", "1e-2"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -125,5 +153,9 @@ def test_the_launch_line_works_and_a_mistake_is_one_sentence_with_its_code(toy, 
     assert missing.returncode == 2 and "nowhere.safetensors" in missing.stderr and missing.stderr.count("\n") == 1
     empty = tmp_path / "empty"
     empty.mkdir()
-    nothing = launch(*arguments(toy, pictures, tmp_path, "--dataset_config", "none", "--train_data_dir", str(empty), "--resolution", "64"))
+    nothing = launch(
+        *arguments(
+            toy, pictures, tmp_path, "--dataset_config", "none", "--train_data_dir", str(empty), "--resolution", "64"
+        )
+    )
     assert nothing.returncode == 3 and "Traceback" not in nothing.stderr

@@ -43,8 +43,19 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def arguments(toy: Path, pictures: Path, output: Path, *extra: str) -> list[str]:
-    return ["--config_file", str(toy), "--dataset_config", str(pictures), "--output_dir", str(output),
-            "--output_name", "run", "--cache_latents", "--cache_text_encoder_outputs", *extra]
+    return [
+        "--config_file",
+        str(toy),
+        "--dataset_config",
+        str(pictures),
+        "--output_dir",
+        str(output),
+        "--output_name",
+        "run",
+        "--cache_latents",
+        "--cache_text_encoder_outputs",
+        *extra,
+    ]
 
 
 def train(toy: Path, pictures: Path, output: Path, *extra: str):
@@ -62,8 +73,9 @@ def launch(*argv: str, script: str = "z_image_train_network.py", **environment: 
     """Run the script in a process of its own."""
     import os
 
-    return subprocess.run([sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def losses(output: Path, name: str = "run") -> list[float]:

@@ -1,6 +1,6 @@
 """What any safetensors file or folder is, from its header alone.
 
-    python tools/inspect.py FILE [--json]
+python tools/inspect.py FILE [--json]
 """
 
 from __future__ import annotations

@@ -15,13 +15,17 @@ import math
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # instead of this folder, whose inspect.py hides the standard one
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # instead of this folder, whose inspect.py hides the standard one
 
 from library.errors import run
 from library.families import FAMILIES, get_family
 
 CONFIGS = Path(__file__).with_name("toy_configs.json")
-WORDS = "a an the of on in and with picture photo thing red green blue white black cat dog house tree blurry style".split()
+WORDS = (
+    "a an the of on in and with picture photo thing red green blue white black cat dog house tree blurry style".split()
+)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -32,7 +36,7 @@ def weights(shapes: dict, seed: int) -> dict:
     generator, out = torch.Generator().manual_seed(seed), {}
     for key, shape in shapes.items():
         value = torch.randn(tuple(shape), generator=generator)
-        if key.endswith("bias") or key.endswith("token"):
+        if key.endswith(("bias", "token")):
             value *= 0.02
         elif len(shape) == 1:
             value = 1 + 0.02 * value
@@ -51,7 +55,9 @@ def make_tokenizer(folder: Path) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     fast.save_pretrained(folder)
@@ -99,7 +105,9 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
     shapes = json.loads(CONFIGS.read_text(encoding="utf-8"))[family_name]["keys"]
     checkpoints.save(weights(shapes, seed), folder / "denoiser.safetensors", {"format": "pt"})
     vocabulary = make_tokenizer(folder / "tokenizer")
-    configuration = family.denoiser.config({k: tuple(v) for k, v in shapes.items()}, {}, next(iter(family.denoiser.layouts)))
+    configuration = family.denoiser.config(
+        {k: tuple(v) for k, v in shapes.items()}, {}, next(iter(family.denoiser.layouts))
+    )
     vae = weights(part_shapes(family.vae, vae_config(family.latent_channels)), seed + 1)
     checkpoints.save(vae, folder / "vae.safetensors", {"format": "pt", "norm_num_groups": "4"})
     for k, part in enumerate(family.text_encoders):

@@ -57,7 +57,9 @@ def recognise(shapes: Mapping[str, Shape]) -> str | None:
 
 def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str) -> dict[str, Any]:
     """diffusers' AutoencoderKL configuration, from the shapes of either layout."""
-    pattern = "encoder.down.{}.block.{}.conv1.weight" if layout == "ldm" else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+    pattern = (
+        "encoder.down.{}.block.{}.conv1.weight" if layout == "ldm" else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+    )
     widths, blocks = [], 0
     while pattern.format(len(widths), 0) in shapes:
         widths.append(shapes[pattern.format(len(widths), 0)][0])

@@ -32,7 +32,9 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DiskError(f"cache folder {folder} cannot be made ({error.strerror or error}); give another --cache_dir") from None
+            raise DiskError(
+                f"cache folder {folder} cannot be made ({error.strerror or error}); give another --cache_dir"
+            ) from None
 
     def path(self, identity: str) -> Path:
         name = hashlib.sha256(identity.encode()).hexdigest()
@@ -72,7 +74,9 @@ class Store:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise DiskError(f"cache {path.parent} cannot be written ({error.strerror or error}); make room or give --cache_dir") from None
+            raise DiskError(
+                f"cache {path.parent} cannot be written ({error.strerror or error}); make room or give --cache_dir"
+            ) from None
 
 
 def _checksum(data: bytes) -> str:

@@ -98,14 +98,21 @@ def load_dataset_config(options: Any) -> tuple[DatasetSpec, ...]:
     if options.dataset_config:
         for rival in ("train_data_dir", "in_json", "reg_data_dir"):
             if getattr(options, rival):
-                raise ConfigError(f"--{rival} is not read beside --dataset_config; move it into {options.dataset_config}")
+                raise ConfigError(
+                    f"--{rival} is not read beside --dataset_config; move it into {options.dataset_config}"
+                )
         path = Path(options.dataset_config)
         return _from_table(_read(path), str(path), path.parent, options)
     if not options.train_data_dir:
         raise DatasetError("there is no dataset: give --dataset_config, or --train_data_dir with --resolution")
     if options.in_json:
-        subsets: list[dict] = [{"metadata_file": options.in_json, "image_dir": options.train_data_dir,
-                                "num_repeats": options.dataset_repeats}]
+        subsets: list[dict] = [
+            {
+                "metadata_file": options.in_json,
+                "image_dir": options.train_data_dir,
+                "num_repeats": options.dataset_repeats,
+            }
+        ]
     else:
         subsets = _folders(options.train_data_dir, False)
         subsets += _folders(options.reg_data_dir, True) if options.reg_data_dir else []
@@ -121,7 +128,14 @@ def _folders(parent: str, is_reg: bool) -> list[dict]:
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         repeats, _, tokens = folder.name.partition("_")
         if repeats.isdigit():
-            found.append({"image_dir": str(folder), "num_repeats": int(repeats), "class_tokens": tokens or None, "is_reg": is_reg})
+            found.append(
+                {
+                    "image_dir": str(folder),
+                    "num_repeats": int(repeats),
+                    "class_tokens": tokens or None,
+                    "is_reg": is_reg,
+                }
+            )
     if not found:
         raise DatasetError(f"{parent}: there is no folder named <repeats>_<name> in it, '10_cat' for instance")
     return [{k: v for k, v in entry.items() if v is not None} for entry in found]
@@ -143,12 +157,16 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _from_table(table: Mapping[str, Any], source: str, folder: Path, options: Any) -> tuple[DatasetSpec, ...]:
     for key in table:
         if key not in ("general", "datasets"):
-            raise ConfigError(f"{source}: '{key}' at the top level is not known; only [general] and [[datasets]] are{nearest(key, ('general', 'datasets'))}")
+            raise ConfigError(
+                f"{source}: '{key}' at the top level is not known; only [general] and [[datasets]] are{nearest(key, ('general', 'datasets'))}"
+            )
     general = _checked(table.get("general", {}), "[general]", source)
     datasets = table.get("datasets", [])
     if not isinstance(datasets, Sequence) or isinstance(datasets, str) or not datasets:
         raise ConfigError(f"{source}: there is no [[datasets]] table in it")
-    return tuple(_dataset(entry, general, f"{source}, dataset {n}", folder, options) for n, entry in enumerate(datasets, 1))
+    return tuple(
+        _dataset(entry, general, f"{source}, dataset {n}", folder, options) for n, entry in enumerate(datasets, 1)
+    )
 
 
 def _dataset(entry: Any, general: Mapping[str, Any], source: str, folder: Path, options: Any) -> DatasetSpec:
@@ -170,8 +188,10 @@ def _dataset(entry: Any, general: Mapping[str, Any], source: str, folder: Path, 
     values = {k: v for k, v in values.items() if v is not None}
     spec = DatasetSpec(subsets=tuple(specs), **values)
     if spec.batch_size < 1 or not 0 <= spec.validation_split < 1:
-        raise ConfigError(f"{source}: batch_size {spec.batch_size}, validation_split {spec.validation_split}: "
-                          "at least 1, and at least 0 and below 1, are possible")
+        raise ConfigError(
+            f"{source}: batch_size {spec.batch_size}, validation_split {spec.validation_split}: "
+            "at least 1, and at least 0 and below 1, are possible"
+        )
     return spec
 
 
@@ -189,11 +209,15 @@ def _subset(own: dict, dataset: dict, general: dict, place: str, folder: Path, o
     values["caption_extension"] = extension if extension.startswith(".") else "." + extension
     interpolation = values.get("resize_interpolation")
     if interpolation and interpolation not in INTERPOLATIONS:
-        raise ConfigError(f"{place}: resize_interpolation '{interpolation}' is not known (known: {', '.join(INTERPOLATIONS)})")
+        raise ConfigError(
+            f"{place}: resize_interpolation '{interpolation}' is not known (known: {', '.join(INTERPOLATIONS)})"
+        )
     spec = SubsetSpec(**values)
     if options.cache_latents and (spec.color_aug or spec.random_crop or spec.face_crop_aug_range):
-        raise ConfigError(f"{place}: color_aug, random_crop and face_crop_aug_range change the picture every time, "
-                          "so its latents cannot be cached; leave out one or the other")
+        raise ConfigError(
+            f"{place}: color_aug, random_crop and face_crop_aug_range change the picture every time, "
+            "so its latents cannot be cached; leave out one or the other"
+        )
     return spec
 
 
@@ -232,12 +256,19 @@ def _checked(table: Any, level: str, source: str) -> dict[str, Any]:
 def _typed(key: str, value: Any, kind: str, where: str) -> Any:
     """The value if it is of its kind; sizes and ranges as tuples."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    good = {BOOL: isinstance(value, bool), INT: is_int, NUMBER: is_int or isinstance(value, float), TEXT: isinstance(value, str)}
+    good = {
+        BOOL: isinstance(value, bool),
+        INT: is_int,
+        NUMBER: is_int or isinstance(value, float),
+        TEXT: isinstance(value, str),
+    }
     if kind in good:
         if good[kind]:
             return value
     else:
-        parts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+        parts = (
+            value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+        )
         try:
             numbers = tuple(int(p) if kind == SIZE else float(p) for p in parts)
         except (TypeError, ValueError):

@@ -74,7 +74,9 @@ def item_rng(seed: int, step: int, item: int, repeat: int) -> random.Random:
 
 
 class Dataset:
-    def __init__(self, specs: tuple[DatasetSpec, ...], items: list[Item], held_out: list[Item], report: Report, seed: int) -> None:
+    def __init__(
+        self, specs: tuple[DatasetSpec, ...], items: list[Item], held_out: list[Item], report: Report, seed: int
+    ) -> None:
         self.specs, self.items, self.validation, self.report, self.seed = specs, items, held_out, report, seed
         self.groups: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = defaultdict(list)
         for item in items:
@@ -88,7 +90,9 @@ class Dataset:
             for (dataset, bucket), entries in self.groups.items():
                 entries, size = list(entries), self.specs[dataset].batch_size
                 rng.shuffle(entries)
-                plans += [BatchPlan(dataset, bucket, tuple(entries[i : i + size])) for i in range(0, len(entries), size)]
+                plans += [
+                    BatchPlan(dataset, bucket, tuple(entries[i : i + size])) for i in range(0, len(entries), size)
+                ]
             rng.shuffle(plans)
             self._order = (epoch, plans)
         return self._order[1]
@@ -96,12 +100,16 @@ class Dataset:
     def print_table(self) -> str:
         """found = trained + held out + dropped, and the buckets."""
         r = self.report
-        lines = [f"pictures: found {r.found} = trained {r.trained} + held out {r.held_out} + dropped {sum(r.dropped.values())}"]
+        lines = [
+            f"pictures: found {r.found} = trained {r.trained} + held out {r.held_out} + dropped {sum(r.dropped.values())}"
+        ]
         lines += [f"  dropped {count}: {reason}" for reason, count in r.dropped.items()]
         for (dataset, bucket), entries in sorted(self.groups.items()):
             size = self.specs[dataset].batch_size
-            lines.append(f"  dataset {dataset + 1}, bucket {bucket[0]}x{bucket[1]}: {len({i for i, _ in entries})} pictures, "
-                         f"{len(entries)} with repeats, {math.ceil(len(entries) / size)} batches of {size}")
+            lines.append(
+                f"  dataset {dataset + 1}, bucket {bucket[0]}x{bucket[1]}: {len({i for i, _ in entries})} pictures, "
+                f"{len(entries)} with repeats, {math.ceil(len(entries) / size)} batches of {size}"
+            )
         return "\n".join(lines + [f"  note: {note}" for note in r.notes])
 
     def metadata(self) -> dict[str, str]:
@@ -110,7 +118,10 @@ class Dataset:
         for number, spec in enumerate(self.specs):
             members = [item for item in self.items if item.dataset == number]
             found = Counter(item.placement.bucket for item in members)
-            info = {str(k): {"resolution": list(bucket), "count": count} for k, (bucket, count) in enumerate(sorted(found.items()))}
+            info = {
+                str(k): {"resolution": list(bucket), "count": count}
+                for k, (bucket, count) in enumerate(sorted(found.items()))
+            }
             per_dataset.append({
                 "is_dreambooth": not any(s.metadata_file for s in spec.subsets), "batch_size_per_device": spec.batch_size,
                 "num_train_images": sum(i.repeats for i in members if not i.is_reg),
@@ -146,7 +157,9 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
             rows = _read_subset(subset, options, report)
             report.found += len(rows)
             if key in seen or subset.num_repeats < 1:
-                report.drop(f"{subset.source} is there twice" if key in seen else f"num_repeats {subset.num_repeats}", len(rows))
+                report.drop(
+                    f"{subset.source} is there twice" if key in seen else f"num_repeats {subset.num_repeats}", len(rows)
+                )
                 continue
             seen.add(key)
             items += [_item(row, subset, number, options) for row in rows]
@@ -161,23 +174,31 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
         item.index, item.repeats = len(trained) + k, 1
     report.trained, report.held_out = len(trained), len(held_out)
     if not trained:
-        raise DatasetError(f"there is nothing to train on: found {report.found} pictures, held out {len(held_out)}, "
-                           f"dropped {report.dropped or 'none'}; look at the paths in the dataset description")
+        raise DatasetError(
+            f"there is nothing to train on: found {report.found} pictures, held out {len(held_out)}, "
+            f"dropped {report.dropped or 'none'}; look at the paths in the dataset description"
+        )
     return Dataset(specs, trained, held_out, report, options.seed)
 
 
 def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
     if spec.enable_bucket:
         if spec.bucket_reso_steps % multiple:
-            raise ConfigError(f"dataset {number + 1}: bucket_reso_steps {spec.bucket_reso_steps} is no multiple of {multiple}, "
-                              "which this model needs")
+            raise ConfigError(
+                f"dataset {number + 1}: bucket_reso_steps {spec.bucket_reso_steps} is no multiple of {multiple}, "
+                "which this model needs"
+            )
         low, high = min(spec.resolution), max(spec.resolution)
         if not spec.bucket_no_upscale and not spec.min_bucket_reso <= low <= high <= spec.max_bucket_reso:
-            raise ConfigError(f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is outside of min_bucket_reso "
-                              f"{spec.min_bucket_reso} to max_bucket_reso {spec.max_bucket_reso}; change one of them")
+            raise ConfigError(
+                f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is outside of min_bucket_reso "
+                f"{spec.min_bucket_reso} to max_bucket_reso {spec.max_bucket_reso}; change one of them"
+            )
     elif spec.resolution[0] % multiple or spec.resolution[1] % multiple:
-        raise ConfigError(f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is no multiple of {multiple}; "
-                          "change it or set enable_bucket = true")
+        raise ConfigError(
+            f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is no multiple of {multiple}; "
+            "change it or set enable_bucket = true"
+        )
 
 
 def _read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.Found]:
@@ -189,15 +210,25 @@ def _read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.
         folder = Path(subset.image_dir or "")
         if not folder.is_dir():
             raise DatasetError(f"image_dir {folder}: no such folder")
-        index = Path(options.cache_dir) / _digest_text(str(folder.resolve())) if options.cache_dir else folder / ".lorasmith"
+        index = (
+            Path(options.cache_dir) / _digest_text(str(folder.resolve()))
+            if options.cache_dir
+            else folder / ".lorasmith"
+        )
         rows, others = scan.scan_folder(folder, subset.caption_extension, index)
-        masks_or_texts = [name for name in others if Path(name).suffix not in (".txt", ".caption", ".json", ".npz", ".toml", ".md")]
+        masks_or_texts = [
+            name for name in others if Path(name).suffix not in (".txt", ".caption", ".json", ".npz", ".toml", ".md")
+        ]
         if masks_or_texts:
-            report.notes.append(f"{folder}: {len(masks_or_texts)} files are no pictures ({', '.join(sorted(masks_or_texts)[:3])})")
+            report.notes.append(
+                f"{folder}: {len(masks_or_texts)} files are no pictures ({', '.join(sorted(masks_or_texts)[:3])})"
+            )
         if not rows:
             raise DatasetError(f"image_dir {folder}: there is no picture in it ({', '.join(sorted(scan.EXTENSIONS))})")
     if faults := scan.problems(rows):
-        raise DatasetError(f"{len(faults)} pictures cannot be used: {'; '.join(faults[:SHOWN])}; repair them or take them out")
+        raise DatasetError(
+            f"{len(faults)} pictures cannot be used: {'; '.join(faults[:SHOWN])}; repair them or take them out"
+        )
     return rows
 
 
@@ -210,12 +241,16 @@ def _item(row: scan.Found, subset: SubsetSpec, number: int, options: Any) -> Ite
     caption = row.caption if row.caption else subset.class_tokens
     if caption is None:
         what = "is empty" if row.caption is not None else "is missing"
-        raise DatasetError(f"{path}: its caption ({path.stem}{subset.caption_extension}) {what}; "
-                           "write one, or give the subset class_tokens as the caption of all")
+        raise DatasetError(
+            f"{path}: its caption ({path.stem}{subset.caption_extension}) {what}; "
+            "write one, or give the subset class_tokens as the caption of all"
+        )
     mask = _mask_of(path, subset)
     weight = options.prior_loss_weight if subset.is_reg else 1.0
     blank = Placement((0, 0), (0, 0), 0, 0)
-    return Item(0, path, caption, row.size, row.stat, subset, number, blank, subset.num_repeats, subset.is_reg, weight, mask)
+    return Item(
+        0, path, caption, row.size, row.stat, subset, number, blank, subset.num_repeats, subset.is_reg, weight, mask
+    )
 
 
 def _mask_of(path: Path, subset: SubsetSpec) -> Path | None:

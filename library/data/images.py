@@ -79,7 +79,9 @@ def read_mask(path, size: tuple[int, int]) -> np.ndarray:
     """The red channel of a mask, [H,W]; it has to have the picture's size."""
     mask, _ = decode(path)
     if (mask.shape[1], mask.shape[0]) != size:
-        raise DatasetError(f"mask {path} is {mask.shape[1]}x{mask.shape[0]}, its picture {size[0]}x{size[1]}; make them equal")
+        raise DatasetError(
+            f"mask {path} is {mask.shape[1]}x{mask.shape[0]}, its picture {size[0]}x{size[1]}; make them equal"
+        )
     return mask[:, :, 0]
 
 
@@ -109,8 +111,14 @@ def resize(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
         return np.asarray(Image.fromarray(pixels).resize(size, getattr(Image.Resampling, how.upper())))
     import cv2
 
-    codes = {"area": cv2.INTER_AREA, "nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "linear": cv2.INTER_LINEAR,
-             "bicubic": cv2.INTER_CUBIC, "cubic": cv2.INTER_CUBIC}
+    codes = {
+        "area": cv2.INTER_AREA,
+        "nearest": cv2.INTER_NEAREST,
+        "bilinear": cv2.INTER_LINEAR,
+        "linear": cv2.INTER_LINEAR,
+        "bicubic": cv2.INTER_CUBIC,
+        "cubic": cv2.INTER_CUBIC,
+    }
     return cv2.resize(pixels, size, interpolation=codes[how])
 
 

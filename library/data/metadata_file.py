@@ -42,7 +42,9 @@ def _entries(text: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _found(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
     picture = _picture(key, subset)
     if picture is None:
-        raise DatasetError(f"metadata_file {source}: {key} is not found" + (f" in {subset.image_dir}" if subset.image_dir else ""))
+        raise DatasetError(
+            f"metadata_file {source}: {key} is not found" + (f" in {subset.image_dir}" if subset.image_dir else "")
+        )
     caption, tags = (entry.get("caption") or "").strip(), (entry.get("tags") or "").strip()
     stat = picture.stat()
     found = Found(str(picture), (stat.st_size, stat.st_mtime_ns), None, None)

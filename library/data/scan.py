@@ -52,7 +52,12 @@ def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: _Index) ->
     stat = entry.stat()
     text_entry = captions.get(os.path.splitext(entry.name)[0])
     text_stat = text_entry.stat() if text_entry else None
-    key = (stat.st_size, stat.st_mtime_ns, text_stat.st_size if text_stat else -1, text_stat.st_mtime_ns if text_stat else -1)
+    key = (
+        stat.st_size,
+        stat.st_mtime_ns,
+        text_stat.st_size if text_stat else -1,
+        text_stat.st_mtime_ns if text_stat else -1,
+    )
     known = index.get(entry.name, key)
     if known is not None:
         width, height, caption = known

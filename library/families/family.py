@@ -54,18 +54,24 @@ class Family:
     text_encoders: tuple[Part, ...]
     tokenizers: Callable[..., list[Any]]  # (options) -> the tokenizers, in the order of the text encoders
     tokenizer_paths: Callable[..., list[str]]  # (options) -> the folder, file or hub id of each; no import, no network
-    tokenize: Callable[..., tuple[Any, str]]  # (tokenizers, caption) -> (token ids, the part of the caption that is cut)
+    tokenize: Callable[
+        ..., tuple[Any, str]
+    ]  # (tokenizers, caption) -> (token ids, the part of the caption that is cut)
     encode: Callable[..., Cond]  # (text_encoders, tokenizers, caption, device) -> Cond of one caption, on the CPU
-    encode_image: Callable[..., "Tensor"]  # (vae, pixels [B,3,H,W] in [-1,1]) -> normalised latents [B,C,h,w]
-    decode_latents: Callable[..., "Tensor"]  # (vae, latents) -> pixels [B,3,H,W] in [-1,1]
-    predict: Callable[..., "Tensor"]  # (denoiser, noisy [B,C,h,w], sigma [B] float32, conds: list[Cond]) -> velocity, float32
+    encode_image: Callable[..., Tensor]  # (vae, pixels [B,3,H,W] in [-1,1]) -> normalised latents [B,C,h,w]
+    decode_latents: Callable[..., Tensor]  # (vae, latents) -> pixels [B,3,H,W] in [-1,1]
+    predict: Callable[
+        ..., Tensor
+    ]  # (denoiser, noisy [B,C,h,w], sigma [B] float32, conds: list[Cond]) -> velocity, float32
     blocks: tuple[str, ...]  # module lists of OUR denoiser that are checkpointed, swapped, compiled block by block
     adapted: tuple[str, ...]  # prefixes of ORIGINAL module names that an adapter trains by default
     pixel_multiple: int  # sides of a training picture are multiples of this
     latent_channels: int  # published value; the file decides
     latent_downscale: int
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # option defaults that differ, each with its source in the file
-    options: tuple["Option", ...] = ()  # the family's own options
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # option defaults that differ, each with its source in the file
+    options: tuple[Option, ...] = ()  # the family's own options
     save_formats: tuple[str, ...] = ("comfy",)  # LoRA formats, default first
     architecture: str = ""  # modelspec.architecture without "/lora"
     base_model_version: str = ""  # ss_base_model_version

@@ -118,7 +118,9 @@ def tokenizers(options: Any) -> list[Any]:
 def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
     """Ids of the prompt, at most MAX_TOKENS, and the end of the caption that did not fit. The template is never cut."""
     (tokenizer,) = tokenizers
-    before, ids, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TEMPLATE[0], caption, TEMPLATE[1]))
+    before, ids, after = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TEMPLATE[0], caption, TEMPLATE[1])
+    )
     room = MAX_TOKENS - len(before) - len(after)
     return [*before, *ids[:room], *after], tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
