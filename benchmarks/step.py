@@ -88,7 +88,8 @@ def main() -> None:
             ours.append(trainer_round(trainer, number))
         a, b = statistics.median(bare), statistics.median(ours)
         print(
-            f"bare {a:.3f} s  trainer {b:.3f} s  ratio {b / a:.3f}  (target 1.02, {arguments.repeats} rounds of {STEPS} steps)"
+            f"bare {a:.3f} s  trainer {b:.3f} s  ratio {b / a:.3f}  "
+            f"(target 1.02, {arguments.repeats} rounds of {STEPS} steps)"
         )
 
 

@@ -99,7 +99,7 @@ def sigma_from(uniform: Tensor, *, min_sigma: float = 0.0, max_sigma: float = 1.
 
 
 def _bounds(low: float, high: float, distribution: dict) -> tuple[float, float]:
-    """The interval of u whose quantiles are in [low, high]; found on a grid, as the mode density has no closed inverse."""
+    """The interval of u whose quantiles are in [low, high]; found on a grid: `mode` has no closed inverse."""
     grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     values = quantile(grid, **distribution)
     inside = grid[(values >= low) & (values <= high)]

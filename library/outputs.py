@@ -251,7 +251,7 @@ class Outputs:
     def _report(self) -> None:
         trainer, plan = self.trainer, self.trainer.plan
         facts = {
-            "trained": f"{sum(p.numel() for p in trainer.parameters):,} parameters in {len(trainer.parameters)} tensors",
+            "trained": f"{sum(p.numel() for p in trainer.parameters):,} parameters",
             "optimizer steps": str(trainer.position.step),
             "loss, average of the last pass over the data": f"{trainer.position.loss_average:.4f}",
             "keys": self.key_line,

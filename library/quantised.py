@@ -63,7 +63,7 @@ def nvfp4(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor) -> Tensor:
 
 
 def unswizzle(tiled: Tensor) -> Tensor:
-    """Block scales from cuBLAS's layout (tiles of 128 rows x 4 columns, stored as 32 x 16) to plain rows and columns."""
+    """Block scales from cuBLAS's layout (tiles of 128 rows x 4 columns, stored as 32 x 16) to rows and columns."""
     rows, columns = -(-tiled.shape[0] // 128), -(-tiled.shape[1] // 4)
     tiles = tiled.reshape(rows, columns, 32, 4, 4).transpose(
         2, 3

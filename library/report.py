@@ -99,7 +99,8 @@ def write(
     page = (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1><table>{rows}</table>{pictures}<h2>Plan</h2><pre>{html.escape(plan)}</pre>"
-        f"<h2>Files</h2><table>{listed}</table><h2>Options and where they came from</h2><pre>{html.escape(options)}</pre>"
+        f"<h2>Files</h2><table>{listed}</table>"
+        f"<h2>Options and where they came from</h2><pre>{html.escape(options)}</pre>"
     )
     path = folder / f"{name}-report.html"
     _write(path, page.encode("utf-8"))

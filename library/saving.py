@@ -52,7 +52,7 @@ class Schedule:
 
 
 def prune(options: Options, output_dir: Path, steps_per_epoch: int, step: int) -> list[Path]:
-    """Delete what --save_last_n_* says, after a newer save was verified. Only files of this run's name, never the newest."""
+    """Delete what --save_last_n_* says, once a newer save was verified: files of this name, never the newest."""
     removed = []
     name = options.output_name
     by_epoch = sorted(output_dir.glob(f"{glob.escape(name)}-[0-9]*.safetensors"))

@@ -79,7 +79,9 @@ def save_state(
         os.replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DiskError(f"the state {folder} could not be written ({error}); make room or choose another --output_dir")
+        raise DiskError(
+            f"the state {folder} could not be written ({error}); make room or choose another --output_dir"
+        ) from None
 
 
 def read_state(folder: Path, options: dict[str, Any], resume_anyway: bool) -> tuple[Position, list[str]]:

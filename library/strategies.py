@@ -107,7 +107,7 @@ def latent_source(
     world: int = 1,
     say: Callable[[str], None] = print,
 ) -> LiveLatents | CachedLatents:
-    """What the options ask for; caching itself happens here, this process's share of it. Loads the VAE only if needed."""
+    """What the options ask for; this process's share of the caching happens here. Loads the VAE only if needed."""
     if not options.cache_latents:
         return LiveLatents(family, load_vae, options.vae_batch_size)
     folder = cache_folder(options, dataset)
@@ -251,8 +251,8 @@ def text_source(
     for item in (*dataset.items, *dataset.validation):
         if changing := is_changing(item.subset):
             raise ConfigError(
-                f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture a new caption "
-                "in every step; switch them off or do not cache text outputs"
+                f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture "
+                "a new caption in every step; switch them off or do not cache text outputs"
             )
         captions.update(dict.fromkeys(variants(item.caption, item.subset)))
     source = CachedText()

@@ -98,5 +98,6 @@ def load_tokenizer(path: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
         raise ConfigError(
-            f"tokenizer {path} cannot be loaded ({reason}); give --tokenizer a folder with tokenizer.json and tokenizer_config.json"
+            f"tokenizer {path} cannot be loaded ({reason}); "
+            "give --tokenizer a folder with tokenizer.json and tokenizer_config.json"
         ) from None

@@ -72,8 +72,9 @@ DATASET_KEYS = {
 }  # fmt: skip
 SUBSET_ONLY = {"image_dir": TEXT, "metadata_file": TEXT, "conditioning_data_dir": TEXT, "is_reg": BOOL}
 SHARED = {
-    "num_repeats": INT, "shuffle_caption": BOOL, "caption_separator": TEXT, "keep_tokens": INT, "keep_tokens_separator": TEXT,
-    "secondary_separator": TEXT, "enable_wildcard": BOOL, "caption_prefix": TEXT, "caption_suffix": TEXT,
+    "num_repeats": INT, "shuffle_caption": BOOL, "caption_separator": TEXT, "keep_tokens": INT,
+    "keep_tokens_separator": TEXT, "secondary_separator": TEXT, "enable_wildcard": BOOL, "caption_prefix": TEXT,
+    "caption_suffix": TEXT,
     "caption_dropout_rate": NUMBER, "caption_dropout_every_n_epochs": INT, "caption_tag_dropout_rate": NUMBER,
     "token_warmup_min": INT, "token_warmup_step": NUMBER, "color_aug": BOOL, "flip_aug": BOOL, "random_crop": BOOL,
     "face_crop_aug_range": RANGE, "alpha_mask": BOOL, "resize_interpolation": TEXT, "class_tokens": TEXT,
@@ -158,7 +159,8 @@ def _from_table(table: Mapping[str, Any], source: str, folder: Path, options: An
     for key in table:
         if key not in ("general", "datasets"):
             raise ConfigError(
-                f"{source}: '{key}' at the top level is not known; only [general] and [[datasets]] are{nearest(key, ('general', 'datasets'))}"
+                f"{source}: '{key}' at the top level is not known; only [general] and [[datasets]] are"
+                + nearest(key, ("general", "datasets"))
             )
     general = _checked(table.get("general", {}), "[general]", source)
     datasets = table.get("datasets", [])

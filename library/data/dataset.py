@@ -101,7 +101,8 @@ class Dataset:
         """found = trained + held out + dropped, and the buckets."""
         r = self.report
         lines = [
-            f"pictures: found {r.found} = trained {r.trained} + held out {r.held_out} + dropped {sum(r.dropped.values())}"
+            f"pictures: found {r.found} = trained {r.trained} + held out {r.held_out} "
+            f"+ dropped {sum(r.dropped.values())}"
         ]
         lines += [f"  dropped {count}: {reason}" for reason, count in r.dropped.items()]
         for (dataset, bucket), entries in sorted(self.groups.items()):
@@ -123,7 +124,8 @@ class Dataset:
                 for k, (bucket, count) in enumerate(sorted(found.items()))
             }
             per_dataset.append({
-                "is_dreambooth": not any(s.metadata_file for s in spec.subsets), "batch_size_per_device": spec.batch_size,
+                "is_dreambooth": not any(s.metadata_file for s in spec.subsets),
+                "batch_size_per_device": spec.batch_size,
                 "num_train_images": sum(i.repeats for i in members if not i.is_reg),
                 "num_reg_images": sum(i.repeats for i in members if i.is_reg), "resolution": list(spec.resolution),
                 "enable_bucket": spec.enable_bucket, "min_bucket_reso": spec.min_bucket_reso,
@@ -191,8 +193,8 @@ def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
         low, high = min(spec.resolution), max(spec.resolution)
         if not spec.bucket_no_upscale and not spec.min_bucket_reso <= low <= high <= spec.max_bucket_reso:
             raise ConfigError(
-                f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is outside of min_bucket_reso "
-                f"{spec.min_bucket_reso} to max_bucket_reso {spec.max_bucket_reso}; change one of them"
+                f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is outside of "
+                f"min_bucket_reso {spec.min_bucket_reso} to max_bucket_reso {spec.max_bucket_reso}; change one of them"
             )
     elif spec.resolution[0] % multiple or spec.resolution[1] % multiple:
         raise ConfigError(

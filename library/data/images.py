@@ -27,7 +27,8 @@ class Picture:
 def preprocessing_key(item: Item) -> str:
     """Everything besides the file's bytes that decides the pixels of an unaugmented picture."""
     p, s = item.placement, item.subset
-    return f"recipe {RECIPE} bucket {p.bucket} resized {p.resized} crop {p.left},{p.top} by {s.resize_interpolation} alpha {s.alpha_mask}"
+    how = f"by {s.resize_interpolation} alpha {s.alpha_mask}"
+    return f"recipe {RECIPE} bucket {p.bucket} resized {p.resized} crop {p.left},{p.top} {how}"
 
 
 def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:

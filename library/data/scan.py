@@ -1,7 +1,8 @@
 """Sizes and captions of a folder of pictures, fast and remembered.
 
 Only headers are read, by small parsers of our own for the common formats and by PIL for the rest. What was read is
-kept in an index beside the pictures, keyed by name, size and modification time, so that the next start only lists the folder.
+kept in an index beside the pictures, keyed by name, size and modification time, so that the
+next start only lists the folder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Found:
 
 
 def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None) -> tuple[list[Found], list[str]]:
-    """Every picture directly in `folder`, sorted by name, and the names of files that are neither picture nor caption."""
+    """Every picture directly in `folder`, sorted by name, and the names of files that are neither picture nor text."""
     entries: dict[str, os.DirEntry] = {}
     captions: dict[str, os.DirEntry] = {}
     others = []
