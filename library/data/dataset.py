@@ -22,12 +22,13 @@ from library.data.config import DatasetSpec, SubsetSpec, load_dataset_config
 from library.errors import ConfigError, DatasetError
 
 SHOWN = 5  # file names in one message
+BLANK = Placement((0, 0), (0, 0), 0, 0)  # before an item is placed
 
 
 @dataclass(slots=True)
 class Item:
     index: int
-    path: Path
+    file: str
     caption: str
     size: tuple[int, int]
     stat: tuple[int, int]
@@ -38,6 +39,11 @@ class Item:
     is_reg: bool
     weight: float
     mask_path: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """Made when it is asked for: 20,000 Path objects cost more than listing their folder."""
+        return Path(self.file)
 
 
 @dataclass(frozen=True)
@@ -239,26 +245,22 @@ def _digest_text(text: str) -> str:
 
 
 def _item(row: scan.Found, subset: SubsetSpec, number: int, options: Any) -> Item:
-    path = Path(row.path)
-    caption = row.caption if row.caption else subset.class_tokens
+    caption = row.caption or subset.class_tokens
     if caption is None:
         what = "is empty" if row.caption is not None else "is missing"
         raise DatasetError(
-            f"{path}: its caption ({path.stem}{subset.caption_extension}) {what}; "
+            f"{row.path}: its caption ({Path(row.path).stem}{subset.caption_extension}) {what}; "
             "write one, or give the subset class_tokens as the caption of all"
         )
-    mask = _mask_of(path, subset)
+    mask = _mask_of(Path(row.path), subset) if subset.conditioning_data_dir else None
     weight = options.prior_loss_weight if subset.is_reg else 1.0
-    blank = Placement((0, 0), (0, 0), 0, 0)
     return Item(
-        0, path, caption, row.size, row.stat, subset, number, blank, subset.num_repeats, subset.is_reg, weight, mask
+        0, row.path, caption, row.size, row.stat, subset, number, BLANK, subset.num_repeats, subset.is_reg, weight, mask
     )
 
 
-def _mask_of(path: Path, subset: SubsetSpec) -> Path | None:
-    if not subset.conditioning_data_dir:
-        return None
-    folder = Path(subset.conditioning_data_dir)
+def _mask_of(path: Path, subset: SubsetSpec) -> Path:
+    folder = Path(subset.conditioning_data_dir or "")
     mask = next((p for e in sorted(scan.EXTENSIONS) if (p := folder / (path.stem + e)).is_file()), None)
     if mask is None:
         raise DatasetError(f"{path}: there is no mask {path.stem}.* in {folder}")

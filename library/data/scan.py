@@ -36,11 +36,11 @@ def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None)
     others = []
     with os.scandir(folder) as listing:
         for entry in listing:
-            stem, extension = os.path.splitext(entry.name)
-            if extension.lower() in EXTENSIONS:
+            _, _, extension = entry.name.rpartition(".")  # os.path.splitext costs three times as much
+            if "." + extension.lower() in EXTENSIONS:
                 entries[entry.name] = entry
-            elif extension == caption_extension:
-                captions[stem] = entry
+            elif entry.name.endswith(caption_extension):
+                captions[entry.name[: -len(caption_extension)]] = entry
             elif not entry.name.startswith(".") and entry.is_file():
                 others.append(entry.name)
     index = _Index(index_folder, folder, caption_extension)
@@ -51,7 +51,7 @@ def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None)
 
 def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: _Index) -> Found:
     stat = entry.stat()
-    text_entry = captions.get(os.path.splitext(entry.name)[0])
+    text_entry = captions.get(entry.name.rpartition(".")[0])
     text_stat = text_entry.stat() if text_entry else None
     key = (
         stat.st_size,
