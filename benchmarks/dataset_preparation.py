@@ -43,7 +43,8 @@ def make_pictures(folder: Path, count: int) -> Path:
     path = folder / f"{count}.toml"
     path.write_text(
         "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nmax_bucket_reso = 128\n"
-        f"bucket_reso_steps = 16\n[[datasets.subsets]]\nimage_dir = '{pictures.as_posix()}'\ncaption_extension = '.txt'\n",
+        "bucket_reso_steps = 16\n"
+        f"[[datasets.subsets]]\nimage_dir = '{pictures.as_posix()}'\ncaption_extension = '.txt'\n",
         encoding="utf-8",
     )
     return path
@@ -87,7 +88,8 @@ def main() -> None:
     for count in (arguments.pictures // 2, arguments.pictures):
         loop, first, second = measure(count, arguments.repeats)
         print(
-            f"{count} pictures: plain loop {loop:.2f} s, first start {first:.2f} s (ratio {first / loop:.2f}, target 1.0), "
+            f"{count} pictures: plain loop {loop:.2f} s, first start {first:.2f} s "
+            f"(ratio {first / loop:.2f}, target 1.0), "
             f"second start {second:.2f} s (ratio {second / loop:.2f}, target 0.25)"
         )
 
