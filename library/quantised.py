@@ -11,9 +11,11 @@ Four conventions (fp8 and nvfp4 files of Comfy-Org, Kijai and others); the compa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # names and shapes are asked for before torch is needed
+    import torch
+    from torch import Tensor
 
 COMPANIONS = (".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
 MARKERS = ("scaled_fp8",)
@@ -37,6 +39,8 @@ def stored_shape(key: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, 
 
 def dequantise(key: str, weight: Tensor, read: Callable[[str], Tensor | None], dtype: torch.dtype) -> Tensor:
     """`weight` as stored -> real values in `dtype`. `read(name)` gives a companion tensor or None."""
+    import torch
+
     stem = key.removesuffix(".weight")
     second = read(f"{stem}.weight_scale_2")
     if second is not None and weight.dtype == torch.uint8:
@@ -55,6 +59,8 @@ def dequantise(key: str, weight: Tensor, read: Callable[[str], Tensor | None], d
 
 def nvfp4(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor) -> Tensor:
     """Packed bytes [out, in/2], the high half first; block scales e4m3 in cuBLAS's 128x4 tiles; float32 [out, in]."""
+    import torch
+
     table = torch.tensor(E2M1, dtype=torch.float32)
     values = torch.stack([table[(packed >> 4).long()], table[(packed & 15).long()]], dim=-1).flatten(-2)
     rows, columns = values.shape
