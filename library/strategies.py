@@ -131,7 +131,8 @@ def latent_source(
     store = Store(folder / "latents") if options.cache_latents_to_disk else None
     source = CachedLatents(identities, store)
     if store is not None:
-        jobs = [job for job in jobs if store.get(identities[job[0].index, job[1]]) is None][rank::world]
+        mine = jobs[rank::world]  # before looking: what others write meanwhile must not shift the shares
+        jobs = [job for job in mine if store.get(identities[job[0].index, job[1]]) is None]
     elif world > 1:
         jobs = list(jobs)  # memory is not shared: every process encodes what it needs
     if jobs:

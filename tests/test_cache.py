@@ -1,0 +1,176 @@
+"""Caches: found by content, noticed when anything they were made from changes, gone on with after an interruption."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import dataset_file, folder, options, picture  # noqa: F401  (fixtures)
+
+from library import strategies
+from library.data.dataset import prepare
+from library.errors import ConfigError, DatasetError
+
+
+class Counting:
+    """A family whose VAE averages 8x8 pixels and whose text encoder counts letters; both count their calls."""
+
+    def __init__(self):
+        self.name, self.encoded, self.texts = "fake", [], []
+        self.vae, self.text_encoders = SimpleNamespace(option="vae"), (SimpleNamespace(option="text_encoder"),)
+        self.limit = None
+
+    def encode_image(self, vae, pixels):
+        if self.limit is not None and len(self.encoded) + len(pixels) > self.limit:
+            raise KeyboardInterrupt
+        self.encoded += [float(p.sum()) for p in pixels]
+        return torch.nn.functional.avg_pool2d(pixels, 8) * float(vae.weight)
+
+    def encode(self, encoders, tokenizers, caption, device):
+        self.texts.append(caption)
+        return {"text": torch.arange(len(caption) + 1, dtype=torch.float32)[:, None]}
+
+    def tokenizer_paths(self, options):
+        return [options.tokenizer]
+
+
+def load_vae():
+    vae = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(vae.weight)
+    return vae
+
+
+@pytest.fixture
+def run(folder, tmp_path):  # noqa: F811
+    for name in ("vae", "te"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode() * 10)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+
+    def start(dataset_text="resolution = 64\nbatch_size = 2\n", subset="", rank=0, world=1, limit=None, **changes):
+        family = Counting()
+        family.limit = limit
+        values = {"cache_latents": True, "cache_latents_to_disk": True, "cache_text_encoder_outputs": True,
+                  "cache_text_encoder_outputs_to_disk": True, "vae": str(tmp_path / "vae.safetensors"),
+                  "text_encoder": str(tmp_path / "te.safetensors"), "tokenizer": str(tmp_path / "tokenizer"), "vae_batch_size": 2}  # fmt: skip
+        chosen = options(dataset_config=dataset_file(tmp_path, folder, dataset_text, subset), **{**values, **changes})
+        data = prepare(chosen, family, 16)
+        latents = strategies.latent_source(data, family, load_vae, chosen, rank, world, say=lambda text: None)
+        text = strategies.text_source(
+            data, family, lambda: ([load_vae()], []), chosen, [""], rank, world, say=lambda t: None
+        )
+        return SimpleNamespace(family=family, data=data, latents=latents, text=text)
+
+    start.folder, start.tmp = folder, tmp_path
+    return start
+
+
+def test_the_second_start_encodes_nothing_and_gives_the_same_values(run):
+    first, second = run(), run()
+    assert len(first.family.encoded) == 6 and len(first.family.texts) == 7
+    assert not second.family.encoded and not second.family.texts
+    memory = run(cache_latents_to_disk=False)
+    for item in first.data.items:
+        values = [r.latents.get(item.index) for r in (first, second, memory)]
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+        pixels = np.asarray(Image.open(item.path).convert("RGB"), np.float32)
+        left = (pixels.shape[1] - 64) // 2
+        square = torch.from_numpy(pixels[:, left : left + 64] / 127.5 - 1).permute(2, 0, 1)
+        assert torch.allclose(values[0], torch.nn.functional.avg_pool2d(square, 8), atol=2e-3)
+        assert torch.equal(
+            second.text.get(item.caption.splitlines()[0])["text"], first.text.get(item.caption.splitlines()[0])["text"]
+        )
+
+
+def change_caption(run):
+    (run.folder / "2.txt").write_text("a new caption", encoding="utf-8")
+
+
+def change_picture(run):
+    picture(run.folder / "new.png", (64, 64))
+    (run.folder / "new.png").replace(run.folder / "2.png")
+
+
+def change_vae(run):
+    (run.tmp / "vae.safetensors").write_bytes(b"another one")
+
+
+def change_encoder(run):
+    (run.tmp / "te.safetensors").write_bytes(b"another one")
+
+
+def change_tokenizer(run):
+    (run.tmp / "tokenizer" / "tokenizer.json").write_text('{"a": 1}')
+
+
+def flip_byte(run):
+    path = next((run.folder / ".lorasmith" / "latents").rglob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(run):
+    path = next((run.folder / ".lorasmith" / "text").rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+CHANGES = [(change_caption, 0, 1), (change_picture, 1, 0), (change_vae, 6, 0), (change_encoder, 0, 7)]
+CHANGES += [(change_tokenizer, 0, 7), (flip_byte, 1, 0), (truncate, 0, 1)]
+
+
+@pytest.mark.parametrize(("change", "pictures", "texts"), CHANGES, ids=[c[0].__name__ for c in CHANGES])
+def test_only_what_changed_is_made_anew(run, change, pictures, texts):
+    run()
+    change(run)
+    again = run()
+    assert (len(again.family.encoded), len(again.family.texts)) == (pictures, texts)
+
+
+def test_interrupted_caching_goes_on_where_it_stopped(run):
+    with pytest.raises(KeyboardInterrupt):
+        run(limit=4)
+    again = run()
+    assert len(again.family.encoded) == 2
+    assert not [p for p in (run.folder / ".lorasmith").rglob("*.partial")]
+
+
+def test_two_processes_share_the_work_and_read_the_same(run):
+    one = run(rank=0, world=2)
+    two = run(rank=1, world=2)
+    assert len(one.family.encoded) == len(two.family.encoded) == 3
+    whole = run()
+    assert not whole.family.encoded and torch.isfinite(whole.latents.get(5)).all()
+
+
+def test_flipped_pictures_have_their_own_latents(run):
+    flipped = run(subset="flip_aug = true\n")
+    assert len(flipped.family.encoded) == 12
+    for item in flipped.data.items:
+        assert torch.allclose(
+            flipped.latents.get(item.index, True), flipped.latents.get(item.index).flip(-1), atol=1e-3
+        )
+
+
+def test_captions_that_change_in_every_step_are_refused_beside_cached_text(run):
+    with pytest.raises(ConfigError, match="shuffle_caption"):
+        run(subset="shuffle_caption = true\n")
+
+
+def test_latents_that_are_no_numbers_name_their_picture(run, monkeypatch):
+    monkeypatch.setattr(
+        Counting, "encode_image", lambda self, vae, pixels: torch.full((len(pixels), 3, 8, 8), float("nan"))
+    )
+    with pytest.raises(DatasetError, match=r"\d\.png"):
+        run()
+
+
+def test_a_value_takes_two_bytes_on_the_disk(run):
+    run()
+    for path in Path(run.folder / ".lorasmith" / "latents").rglob("*.safetensors"):
+        size = int.from_bytes(path.read_bytes()[:8], "little")
+        assert path.stat().st_size - 8 - size == 2 * 3 * 8 * 8
+        assert "picture" in json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"]["identity"]

@@ -1,0 +1,83 @@
+"""Every command line in the documents parses with the real parser; generated pages are what the code generates."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from library import options
+from library.errors import ConfigError
+from library.inference import parser_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "models").glob("*/README.md")),
+]
+LINES = [
+    (page.name, line.strip())
+    for page in PAGES
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if re.match(r"\s*(python|accelerate launch|pip install|pytest|ruff)\b", line)
+]
+
+
+def test_there_are_command_lines():
+    assert len(LINES) > 12
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_a_command_line_parses(page, line):
+    for command in line.split(" && "):
+        words = shlex.split(command, comments=True)
+        script = next((word for word in words if word.endswith(".py")), None)
+        if script is None:
+            assert words[0] in ("pip", "pytest", "ruff") or words[:2] == ["python", "-m"], command
+            continue
+        assert (ROOT / script).is_file(), command
+        rest = words[words.index(script) + 1 :]
+        if script.endswith("train_network.py"):
+            check_training(script, rest)
+        elif script.endswith("_minimal_inference.py"):
+            from library.families import get_family
+
+            parser_of(get_family(script.removesuffix("_minimal_inference.py"))).parse_args(rest)
+        else:
+            text = (ROOT / script).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in text for word in rest if word.startswith("--")), command
+
+
+def check_training(script, words):
+    """Parse as the script does; a configuration file that is the reader's own is left out."""
+    family = script.removesuffix("train_network.py").rstrip("_") or None
+    if "--config_file" in words and not (ROOT / words[words.index("--config_file") + 1]).is_file():
+        at = words.index("--config_file")
+        words = words[:at] + words[at + 2 :]
+    try:
+        options.parse(family, words, script)
+    except SystemExit as stop:
+        assert not stop.code
+    except ConfigError as error:
+        pytest.fail(str(error))
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_option_list_is_the_one_that_the_code_generates():
+    made = subprocess.run(
+        [sys.executable, "-m", "library.option_table", "--markdown"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == made.stdout
