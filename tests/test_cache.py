@@ -55,7 +55,8 @@ def run(folder, tmp_path):  # noqa: F811
         family.limit = limit
         values = {"cache_latents": True, "cache_latents_to_disk": True, "cache_text_encoder_outputs": True,
                   "cache_text_encoder_outputs_to_disk": True, "vae": str(tmp_path / "vae.safetensors"),
-                  "text_encoder": str(tmp_path / "te.safetensors"), "tokenizer": str(tmp_path / "tokenizer"), "vae_batch_size": 2}  # fmt: skip
+                  "text_encoder": str(tmp_path / "te.safetensors"), "tokenizer": str(tmp_path / "tokenizer"),
+                  "vae_batch_size": 2}  # fmt: skip
         chosen = options(dataset_config=dataset_file(tmp_path, folder, dataset_text, subset), **{**values, **changes})
         data = prepare(chosen, family, 16)
         latents = strategies.latent_source(data, family, load_vae, chosen, rank, world, say=lambda text: None)
