@@ -32,19 +32,19 @@ def _checkpointed(forward: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def exact_times(modules: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the k-th of diffusers' `Timesteps` modules embeds `values[k]` (float32) whatever it is called with.
+def exact_times(module: nn.Module, values: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the k-th call of diffusers' `Timesteps` module embeds `values[k]`, float32, whatever it is called with.
 
-    For families whose forward rounds: pass the modules and the exact time (and guidance), scaled as the embedding
-    wants them.
+    For families whose forward rounds: give the time and, where one module embeds it too, the guidance, scaled as the
+    embedding wants them.
     """
+    left = iter(values)
 
-    def restore(value: Tensor) -> Callable:
-        return lambda module, args: (value.to(args[0].device, torch.float32), *args[1:])
+    def restore(called: nn.Module, args: tuple) -> tuple:
+        return (next(left).to(args[0].device, torch.float32), *args[1:])
 
-    handles = [module.register_forward_pre_hook(restore(v)) for module, v in zip(modules, values, strict=True)]
+    handle = module.register_forward_pre_hook(restore)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

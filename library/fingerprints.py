@@ -61,6 +61,7 @@ TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("vae", "wan", "2.1", "a Wan 2.1 or Qwen-Image VAE", ("decoder.middle.0.residual.0.gamma", "encoder.conv1.weight")),
     ("vae", "ltx_video", "", "an LTX-Video VAE", ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "per_channel_statistics.mean-of-means")),
     ("vae", "cosmos", "", "a Cosmos VAE", ("encoder.conv_in.0.conv3d.weight",)),
+    ("vae", "hunyuan_video_15", "", "a HunyuanVideo-1.5 VAE", ("encoder.down.0.block.0.conv1.conv.weight", "encoder.mid.attn_1.q.weight")),
     ("vae", "hunyuan_video", "", "a HunyuanVideo VAE", ("encoder.down_blocks.0.resnets.0.conv1.conv.weight",)),
     ("vae", "flux2", "", "a Flux 2 VAE", ("bn.running_mean", "encoder.down.0.block.0.conv1.weight")),
     ("vae", "hunyuan_image", "", "a HunyuanImage-2.1 or HunyuanVideo-1.5 VAE", ("encoder.down.0.downsample.conv.weight", "encoder.conv_in.weight", "decoder.up.0.upsample.conv.weight")),
