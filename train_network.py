@@ -74,9 +74,21 @@ class NetworkTrainer:
         self.text = strategies.text_source(
             self.dataset, self.family, runtime.load_text_encoders, options, [*extra, ""], runtime.rank, runtime.world
         )
+        if runtime.is_main:
+            self._report_truncations()
         runtime.wait()
         self.sample_conds = {text: self.text.get(text) for text in {*extra, ""}} if self.prompts else {}
         runtime.release(keep_text=not self.text.cached, keep_vae=not self.latents.cached)
+
+    def _report_truncations(self) -> None:
+        """Name the captions that are longer than the model reads, with the part that is cut."""
+        from library.strategies import truncations
+
+        cut = truncations(self.dataset, self.family, self.runtime.tokenizers)
+        shown = "".join(f"\n  {name}: ... {rest[:60]!r}" for name, rest in cut[:5])
+        print(
+            f"captions: {len(cut)} of {len(self.dataset.items)} are longer than the model reads and lose their end{shown}"
+        )
 
     def _create_network(self) -> torch.nn.Module:
         options = self.options

@@ -55,7 +55,6 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     check_tokenizers(options)
     _check_network(options)
     _check_prompts(options)
-    output_dir.mkdir(parents=True, exist_ok=True)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))
     dataset = prepare(options, family, family.pixel_multiple)
     group = options.gradient_accumulation_steps * _world()

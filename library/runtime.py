@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import time
@@ -91,8 +92,12 @@ class Runtime:
                 path = getattr(self.options, part.option)
                 model = checkpoints.load_part(part, path, dtype=dtype, device=self.device)
                 models.append(model.requires_grad_(False).eval())
-            self._text = (models, self.family.tokenizers(self.options))
+            self._text = (models, self.tokenizers)
         return self._text
+
+    @functools.cached_property
+    def tokenizers(self) -> list[Any]:
+        return self.family.tokenizers(self.options)
 
     def release(self, *, keep_text: bool, keep_vae: bool) -> None:
         """Drop the encoders that the loop does not need, before the denoiser is loaded."""

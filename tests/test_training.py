@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_support import launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
+from training_support import ROOT, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 
 def full(toy):  # noqa: F811
@@ -157,3 +157,37 @@ def test_the_launch_line_works_and_a_mistake_is_one_sentence_with_its_code(toy, 
         )
     )
     assert nothing.returncode == 3 and "Traceback" not in nothing.stderr
+
+
+def test_captions_that_are_cut_are_named_with_what_is_lost(toy, pictures, tmp_path, capsys):  # noqa: F811
+    path = pictures.with_suffix("") / "3.txt"
+    before = path.read_text(encoding="utf-8")
+    try:
+        path.write_text("word " * 600 + "LOST", encoding="utf-8")
+        train(toy, pictures, tmp_path, "--max_train_steps", "1")
+    finally:
+        path.write_text(before, encoding="utf-8")
+    said = capsys.readouterr().out
+    assert "captions: 1 of 5 are longer" in said and "3.png" in said
+
+
+def test_an_output_folder_that_cannot_be_written_is_exit_code_6(toy, pictures, tmp_path):  # noqa: F811
+    from training_support import arguments
+
+    (tmp_path / "file").write_text("x")
+    done = launch(*arguments(toy, pictures, tmp_path / "file" / "out"))
+    assert done.returncode == 6 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+LOSSES = ROOT / "tests" / "losses" / "z_image.txt"
+
+
+def test_the_losses_of_five_seeded_steps_are_the_recorded_ones(toy, pictures, tmp_path):  # noqa: F811
+    """A refactor keeps them; a change of them needs a sentence in docs/log.md. To four digits: BLAS differs by machine."""
+    train(toy, pictures, tmp_path, "--max_train_steps", "5", "--learning_rate", "1e-2", "--seed", "3")
+    found = losses(tmp_path)
+    if not LOSSES.exists():
+        LOSSES.parent.mkdir(exist_ok=True)
+        LOSSES.write_text("".join(f"{loss:.6f}\n" for loss in found), encoding="utf-8")
+        pytest.fail("recorded anew; run again")
+    assert found == pytest.approx([float(line) for line in LOSSES.read_text(encoding="utf-8").split()], rel=1e-4)
