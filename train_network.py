@@ -87,7 +87,7 @@ class NetworkTrainer:
         cut = truncations(self.dataset, self.family, self.runtime.tokenizers)
         shown = "".join(f"\n  {name}: ... {rest[:60]!r}" for name, rest in cut[:5])
         print(
-            f"captions: {len(cut)} of {len(self.dataset.items)} are longer than the model reads and lose their end{shown}"
+            f"captions: {len(cut)} of {len(self.dataset.items)} are longer than the model reads, their end is cut{shown}"
         )
 
     def _create_network(self) -> torch.nn.Module:

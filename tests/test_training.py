@@ -43,7 +43,9 @@ def test_a_run_leaves_its_files_and_every_key_is_one_that_comfyui_takes(lora_run
     assert (output / "run-report.html").is_file()
     modules = trainer.denoiser.binding.layout.their_modules
     with safe_open(output / "run.safetensors", "pt") as file:
-        names = {key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file}
+        names = {
+            key.removeprefix("diffusion_model.").rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file.keys()
+        }
         metadata = file.metadata()
     assert names <= modules.keys() and len(names) > 10
     assert metadata["ss_steps"] == "6" and metadata["ss_network_module"] == "networks.lora"
