@@ -86,9 +86,7 @@ class NetworkTrainer:
 
         cut = truncations(self.dataset, self.family, self.runtime.tokenizers)
         shown = "".join(f"\n  {name}: ... {rest[:60]!r}" for name, rest in cut[:5])
-        print(
-            f"captions: {len(cut)} of {len(self.dataset.items)} are longer than the model reads, their end is cut{shown}"
-        )
+        print(f"captions: {len(cut)} of {len(self.dataset.items)} are longer than the model reads and are cut{shown}")
 
     def _create_network(self) -> torch.nn.Module:
         options = self.options
@@ -163,6 +161,7 @@ class NetworkTrainer:
         outputs, total = self.outputs, self.plan.total_steps
         outputs.before_training()
         for step in self.loader(self.position.step):
+            outputs.step_begins()
             optim.train_mode(self.optimizer)
             if self.network is not None:
                 self.network.on_epoch_start([], self.denoiser)  # train mode; cheap, and samples may have left it

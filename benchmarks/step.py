@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 STEPS = 4  # per round
 
@@ -49,6 +49,7 @@ def trainer_round(trainer, number: int) -> float:
     trainer.loader.max_steps = trainer.plan.total_steps = (number + 1) * STEPS + 1000
     start = time.perf_counter()
     for done, step in enumerate(trainer.loader(trainer.position.step)):
+        trainer.outputs.step_begins()
         losses = [trainer._micro_step(batch, step.number, k) for k, batch in enumerate(step.batches)]
         norm = trainer._update()
         trainer.position.step += 1

@@ -74,6 +74,10 @@ class Outputs:
         self.step_started = time.perf_counter()
         self.remaining = plan.total_steps - trainer.position.step
 
+    def step_begins(self) -> None:
+        """The loader has handed over the step's data."""
+        self.data_ready = time.perf_counter()
+
     def after_step(self, losses: list[Tensor], norm: Tensor, *, last: bool) -> None:
         """Numbers of the step before this one are written now: reading this step's would wait for the device."""
         trainer, position = self.trainer, self.trainer.position
@@ -85,7 +89,7 @@ class Outputs:
             position.epoch,
             loss,
             norm,
-            now - self.step_started,
+            {"data": self.data_ready - self.step_started, "step": now - self.data_ready},
             optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups),
         )
         self.step_started = now
@@ -104,7 +108,7 @@ class Outputs:
         loss, norm = float(loss), float(norm)
         position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch :]
         position.loss_average = sum(position.losses) / len(position.losses)
-        position.seconds += seconds
+        position.seconds += sum(seconds.values())
         self.last_loss = loss
         done = step - (self.trainer.plan.total_steps - self.remaining)
         rate = (time.perf_counter() - self.first_step) / max(done, 1)
@@ -117,7 +121,7 @@ class Outputs:
                 loss_average=position.loss_average,
                 grad_norm=norm,
                 lr=rates,
-                seconds={"step": seconds},
+                seconds=seconds,
                 eta=eta,
             )
             self._track(
@@ -132,7 +136,7 @@ class Outputs:
             if step % self.options.log_every_n_steps == 0 or step == self.trainer.plan.total_steps:
                 self.say(
                     f"step {step}/{self.trainer.plan.total_steps}  loss {loss:.4f}  average {position.loss_average:.4f}"
-                    f"  {seconds:.2f} s  left {eta / 60:.1f} min"
+                    f"  {sum(seconds.values()):.2f} s  left {eta / 60:.1f} min"
                 )
 
     def _boundary(self, save_name: str | None, *, sample: bool, last: bool) -> None:

@@ -128,18 +128,16 @@ def latent_source(
         for (item, flip), content in zip(jobs, contents, strict=True)
     }
     hashes.write()
-    store = Store(folder / "latents") if options.cache_latents_to_disk else None
+    store, share = Store(folder / "latents") if options.cache_latents_to_disk else None, jobs
     source = CachedLatents(identities, store)
-    if store is not None:
-        mine = jobs[rank::world]  # before looking: what others write meanwhile must not shift the shares
-        jobs = [job for job in mine if store.get(identities[job[0].index, job[1]]) is None]
-    elif world > 1:
-        jobs = list(jobs)  # memory is not shared: every process encodes what it needs
+    if store is not None:  # in memory every process encodes what it needs itself
+        share = jobs[rank::world]  # before looking: what others write meanwhile must not shift the shares
+        jobs = [job for job in share if store.get(identities[job[0].index, job[1]]) is None]
     if jobs:
         encode_latents(jobs, source, family, load_vae(), max(1, options.vae_batch_size))
     if store is not None and rank == 0:
         note = f", {store.damaged} damaged files made anew" if store.damaged else ""
-        say(f"latents: {len(identities) - len(jobs)} of {len(identities)} were cached{note}")
+        say(f"latents: {len(share) - len(jobs)} of {len(share)} were cached{note}")
     return source
 
 
@@ -186,7 +184,7 @@ def _encode_one(
 ) -> None:
     pixels = torch.stack([future.result() for future in futures]).to(device)
     with torch.no_grad():
-        latents = family.encode_image(vae, pixels).to("cpu", STORED)
+        latents = family.encode_image(vae, pixels).to("cpu", STORED).contiguous()
     for (item, flip), value in zip(batch, latents, strict=True):
         if not torch.isfinite(value).all():
             raise DatasetError(

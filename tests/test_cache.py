@@ -27,7 +27,8 @@ class Counting:
         if self.limit is not None and len(self.encoded) + len(pixels) > self.limit:
             raise KeyboardInterrupt
         self.encoded += [float(p.sum()) for p in pixels]
-        return torch.nn.functional.avg_pool2d(pixels, 8) * float(vae.weight)
+        out = torch.nn.functional.avg_pool2d(pixels, 8) * float(vae.weight)
+        return out.to(memory_format=torch.channels_last)  # as convolutions may give them
 
     def encode(self, encoders, tokenizers, caption, device):
         self.texts.append(caption)
