@@ -53,5 +53,14 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted before training had begun; nothing was written", file=sys.stderr, flush=True)
+        print("error: interrupted; files that were saved before are whole", file=sys.stderr, flush=True)
         sys.exit(Interrupted.exit_code)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, since torch may not be imported here
+            raise
+        text = str(error).split(". ")[0]
+        print(
+            f"error: out of memory ({text}); try --gradient_checkpointing, a smaller batch or resolution",
+            file=sys.stderr,
+        )
+        sys.exit(OutOfMemoryError.exit_code)

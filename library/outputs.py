@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from library import optim, report, state, trackers
 from library.dump import dump_batch
+from library.errors import NonFiniteError
 from library.metadata import save_metadata, training_metadata
 from library.saving import Schedule, file_name, prune
 from library.validation import Validation
@@ -106,6 +107,10 @@ class Outputs:
         self.pending = None
         position = self.trainer.position
         loss, norm = float(loss), float(norm)
+        if not math.isfinite(loss):  # before anything of it is saved
+            raise NonFiniteError(
+                f"the loss of step {step} is {loss}; it was not saved; lower --learning_rate, or use bf16 for fp16"
+            )
         position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch :]
         position.loss_average = sum(position.losses) / len(position.losses)
         position.seconds += sum(seconds.values())

@@ -193,3 +193,25 @@ def test_the_losses_of_five_seeded_steps_are_the_recorded_ones(toy, pictures, tm
         LOSSES.write_text("".join(f"{loss:.6f}\n" for loss in found), encoding="utf-8")
         pytest.fail("recorded anew; run again")
     assert found == pytest.approx([float(line) for line in LOSSES.read_text(encoding="utf-8").split()], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(toy, pictures, tmp_path):  # noqa: F811
+    from training_support import arguments
+
+    extra = ("--max_train_steps", "20", "--learning_rate", "1e30", "--max_grad_norm", "0", "--optimizer_type", "SGD")
+    done = launch(*arguments(toy, pictures, tmp_path, *extra))
+    assert done.returncode == 5 and "the loss of step" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run.safetensors").exists()
+
+
+def test_out_of_memory_is_one_sentence_and_exit_code_4(capsys):
+    import torch
+
+    from library.errors import run
+
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(SystemExit) as stop:
+        run(fails)
+    assert stop.value.code == 4 and "out of memory" in capsys.readouterr().err
