@@ -74,6 +74,10 @@ class Outputs:
                 self._sample(0)
         self.step_started = time.perf_counter()
         self.remaining = plan.total_steps - trainer.position.step
+        if self._main:
+            self.log.write(
+                step=trainer.position.step, event="first step begins", time=time.time(), seconds=self.runtime.seconds
+            )
 
     def step_begins(self) -> None:
         """The loader has handed over the step's data."""
