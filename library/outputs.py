@@ -68,9 +68,9 @@ class Outputs:
         self.say(f"training {count:,} parameters in {len(trainer.parameters)} tensors on {self.runtime.device}")
         self.first_step = self.step_started = time.perf_counter()
         self.runtime.seconds["start to first step"] = self.first_step - trainer.started
-        if self.samples and trainer.position.step == 0:
+        if self.samples and (trainer.network is not None or trainer.position.step == 0):
             self._guarded(lambda: self.samples.base(trainer.denoiser, trainer.network), "the base pictures")
-            if self.options.sample_at_first:
+            if self.options.sample_at_first and trainer.position.step == 0:
                 self._sample(0)
         self.step_started = time.perf_counter()
         self.remaining = plan.total_steps - trainer.position.step
