@@ -33,6 +33,9 @@ TORCH_DTYPES = {
     "BOOL": "bool",
 }  # fmt: skip
 
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
+
 
 @dataclass
 class Binding:
@@ -295,6 +298,7 @@ def save(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str,
         save_file(ready, partial, metadata={str(k): str(v) for k, v in (metadata or {}).items()})
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~UMASK)  # safetensors writes files that only their owner can read
         _verify(partial, ready)
         os.replace(partial, path)
         _sync_folder(path.parent)

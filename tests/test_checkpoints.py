@@ -216,6 +216,13 @@ def test_fp8_and_fp4_files_are_dequantised_by_their_companions(tmp_path, weights
     assert float((qkv.detach() - weights[key]).norm() / weights[key].norm()) < 0.04
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"x")
+    checkpoints.save({"a": torch.ones(4)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failed_save_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     checkpoints.save({"a": torch.ones(4)}, path, {"n": "1"})
