@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
-from library.prompts import Prompt, parse_prompts
+from library.prompts import Prompt, check, notes, parse_prompts, seed_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from library.families.family import Family
 
 
@@ -36,69 +39,110 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--lora_weight", nargs="*", default=[], help="LoRA files, in any format")
     add("--lora_multiplier", nargs="*", type=float, default=[], help="their strengths; 1 if not given")
     add("--prompt", help="text of the picture")
-    add("--from_file", help="prompt file as for training (txt, toml, json); --save_path is then a folder")
+    add("--from_file", help="prompt file as for training (txt, toml, json); what a prompt does not say is as below")
     add("--negative_prompt", default="")
     add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), default=[family.resolution] * 2)
     add("--infer_steps", type=int, default=20)
     add("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 = off")
     add("--flow_shift", type=float, default=family.defaults.get("discrete_flow_shift", 1.0))
-    add("--seed", type=int, default=0)
-    add("--save_path", required=True, help="PNG file, or folder with --from_file")
+    add("--seed", type=int, default=0, help="of the first picture, then counting up; below 0: a new one")
+    add("--save_path", required=True, help="a .png file for one --prompt, or a folder")
     add("--device", default=None, help="cuda, cpu, mps; default: the best there is")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default: bfloat16, float32 on a CPU")
     return parser
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
-    if bool(arguments.prompt) == bool(arguments.from_file):
+    """The prompts to draw. Raises ConfigError."""
+    if (arguments.prompt is None) == (arguments.from_file is None):
         raise ConfigError("give one of --prompt and --from_file")
     height, width = arguments.image_size
-    plain = Prompt(arguments.prompt or "", arguments.negative_prompt, width, height, arguments.seed,
+    plain = Prompt(arguments.prompt or "", arguments.negative_prompt, width, height, None,
                    arguments.infer_steps, arguments.guidance_scale, None, arguments.flow_shift)  # fmt: skip
-    if arguments.prompt:
-        return [plain]
-    found = parse_prompts(Path(arguments.from_file))
-    blank = Prompt("")
-    given = {name: getattr(plain, name) for name in ("width", "height", "flow_shift", "negative_prompt")}
-    return [replace(p, **{k: v for k, v in given.items() if getattr(p, k) == getattr(blank, k)}) for p in found]
+    check(plain, "command line")
+    return [plain] if arguments.from_file is None else parse_prompts(Path(arguments.from_file), plain)
+
+
+def paths_of(arguments: argparse.Namespace, seeds: list[int]) -> list[Path]:
+    """Where each picture goes. Raises ConfigError for a place that cannot take it."""
+    target = Path(arguments.save_path)
+    if target.suffix.lower() in (".jpg", ".jpeg", ".webp"):
+        raise ConfigError(f"--save_path {target}: pictures are written as .png")
+    if target.suffix.lower() == ".png":
+        if arguments.from_file is not None:
+            raise ConfigError(f"--save_path {target}: with --from_file it is a folder")
+        return [target]
+    if target.is_file():
+        raise ConfigError(f"--save_path {target}: it is a file; give a folder, or a name that ends in .png")
+    return [target / f"{number:03d}_{seed}.png" for number, seed in enumerate(seeds)]
 
 
 def main(family_name: str, argv: list[str] | None = None) -> None:
+    """Parse and check everything, then load and draw."""
     from library.families import get_family
 
     family = get_family(family_name)
     arguments = parser_of(family).parse_args(sys.argv[1:] if argv is None else argv)
     prompts = prompts_of(arguments)
-    from library.checkpoints import check_part
+    first = seed_of(Prompt("", seed=arguments.seed), 0, 0)
+    seeds = [seed_of(prompt, number, first) for number, prompt in enumerate(prompts)]
+    paths = paths_of(arguments, seeds)
+    _check_files(family, arguments, paths)
+    for note in notes(prompts, family.pixel_multiple):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    from library.pictures import save_png
+
+    for path, prompt, picture in zip(paths, prompts, _pictures(family, arguments, prompts, seeds), strict=True):
+        save_png(picture, path, {"prompt": prompt.prompt})
+        print(f"saved {path}", flush=True)
+
+
+def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path]) -> None:
+    from library.checkpoints import check_part, check_writable
+    from library.preflight import check_tokenizers
 
     for part in (family.denoiser, family.vae, *family.text_encoders):
         check_part(part, getattr(arguments, part.option), f"--{part.option}")
+    check_tokenizers(_options(family, arguments))
     if len(arguments.lora_multiplier) > len(arguments.lora_weight):
         raise ConfigError(
             f"{len(arguments.lora_multiplier)} --lora_multiplier for {len(arguments.lora_weight)} --lora_weight"
         )
-    for path, picture in _pictures(family, arguments, prompts):
-        from library.pictures import save_png
+    for path in arguments.lora_weight:
+        if not Path(path).is_file():
+            raise ConfigError(f"--lora_weight {path}: no such file")
+    check_writable(paths[0].parent, bytes_needed=1024**2)
 
-        save_png(picture[0], path, {"prompt": picture[1]})
-        print(f"saved {path}", flush=True)
+
+def _options(family: Family, arguments: argparse.Namespace) -> SimpleNamespace:
+    return SimpleNamespace(family=family, **vars(arguments))
 
 
-def _pictures(family: Family, arguments: argparse.Namespace, prompts: list[Prompt]) -> Any:
-    """(path, (pixels, text)) of every prompt."""
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _pictures(
+    family: Family, arguments: argparse.Namespace, prompts: list[Prompt], seeds: list[int]
+) -> Iterator[np.ndarray]:
+    """uint8 [H,W,3] of every prompt."""
     import torch
 
     from library import checkpoints, sample
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device or _device()
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    load = lambda part, kind: (  # noqa: E731
-        checkpoints.load_part(part, getattr(arguments, part.option), dtype=kind, device=device)
-        .requires_grad_(False)
-        .eval()
-    )
+
+    def load(part: Any, kind: torch.dtype) -> torch.nn.Module:
+        model = checkpoints.load_part(part, getattr(arguments, part.option), dtype=kind, device=device)
+        return model.requires_grad_(False).eval()
+
     encoders = [load(part, dtype) for part in family.text_encoders]
-    tokenizers = family.tokenizers(SimpleNamespace(**vars(arguments)))
+    tokenizers = family.tokenizers(_options(family, arguments))
     texts = {text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)}
     conds = {text: family.encode(encoders, tokenizers, text, device) for text in texts}
     del encoders  # never resident together with the denoiser
@@ -106,16 +150,13 @@ def _pictures(family: Family, arguments: argparse.Namespace, prompts: list[Promp
     denoiser.binding.adapted = family.adapted
     _merge(denoiser, arguments)
     vae = load(family.vae, torch.float32)
-    folder = Path(arguments.save_path)
-    for number, prompt in enumerate(prompts):
-        seed = arguments.seed + number if prompt.seed is None else prompt.seed
+    for prompt, seed in zip(prompts, seeds, strict=True):
         latents = sample.generate_latents(
             family, denoiser, conds[prompt.prompt], conds[prompt.negative_prompt],
             shape=sample.latent_shape(family, prompt, int(denoiser.config.in_channels), family.resolution),
-            seed=abs(seed), steps=prompt.sample_steps, scale=prompt.scale, shift=prompt.flow_shift, device=device,
+            seed=seed, steps=prompt.sample_steps, scale=prompt.scale, shift=prompt.flow_shift, device=device,
         )  # fmt: skip
-        path = folder / f"{number:03d}_{seed}.png" if arguments.from_file else folder
-        yield path, (sample.decode(family, vae, latents), prompt.prompt)
+        yield sample.decode(family, vae, latents)
 
 
 def _merge(denoiser: Any, arguments: argparse.Namespace) -> None:
@@ -123,7 +164,5 @@ def _merge(denoiser: Any, arguments: argparse.Namespace) -> None:
 
     strengths = [*arguments.lora_multiplier, *[1.0] * len(arguments.lora_weight)]
     for path, strength in zip(arguments.lora_weight, strengths, strict=False):
-        if not Path(path).is_file():
-            raise ConfigError(f"--lora_weight {path}: no such file")
         network, weights = lora.create_network_from_weights(strength, path, None, [], denoiser, for_inference=True)
         network.merge_to([], denoiser, weights)

@@ -13,18 +13,17 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-CELL, MARGIN, LABEL = 128, 8, 150  # smallest side of a cell, space between cells, width of the row labels, in pixels
+CELL, LARGEST, MARGIN, LABEL = 128, 512, 8, 150  # a cell's smallest and largest side, space, row labels; in pixels
 
 
 def grid(
     images: list[list[np.ndarray]], row_labels: list[str], column_labels: list[str], title: str = ""
 ) -> Image.Image:
-    """Pictures [row][column] uint8 [H,W,3] with labels; small ones are enlarged without smoothing."""
+    """Pictures [row][column] uint8 [H,W,3] with labels; small ones are enlarged pixel by pixel, large ones shrunk."""
     from PIL import Image, ImageDraw, ImageFont
 
-    first = images[0][0]
-    factor = max(1, -(-CELL // min(first.shape[:2])))
-    height, width = (max(row[0].shape[axis] for row in images) * factor for axis in (0, 1))
+    cells = [[_cell(Image.fromarray(picture)) for picture in row] for row in images]
+    width, height = (max(cell.size[axis] for row in cells for cell in row) for axis in (0, 1))
     font = ImageFont.load_default(size=14)
     top = 24 + (22 if title else 0)
     size = (LABEL + len(column_labels) * (width + MARGIN), top + len(images) * (height + MARGIN))
@@ -34,14 +33,25 @@ def grid(
         draw.text((MARGIN, 2), title, fill="black", font=font)
     for x, label in enumerate(column_labels):
         draw.text((LABEL + x * (width + MARGIN), top - 20), label, fill="black", font=font)
-    for y, row in enumerate(images):
-        text = "\n".join(textwrap.wrap(row_labels[y], 19)[:7])
+    for y, row in enumerate(cells):
+        text = "\n".join(textwrap.wrap(row_labels[y], 19, max_lines=7, placeholder=" ..."))
         draw.multiline_text((MARGIN, top + y * (height + MARGIN)), text, fill="black", font=font)
-        for x, picture in enumerate(row):
-            cell = Image.fromarray(picture)
-            cell = cell.resize((cell.width * factor, cell.height * factor), Image.Resampling.NEAREST)
+        for x, cell in enumerate(row):
             sheet.paste(cell, (LABEL + x * (width + MARGIN), top + y * (height + MARGIN)))
     return sheet
+
+
+def _cell(picture: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    small, large = min(picture.size), max(picture.size)
+    if small < CELL:
+        factor = -(-CELL // small)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    if large > LARGEST:
+        size = (max(1, round(picture.width * LARGEST / large)), max(1, round(picture.height * LARGEST / large)))
+        return picture.resize(size, Image.Resampling.LANCZOS)
+    return picture
 
 
 def save_png(image: Any, path: Path, text: Mapping[str, str]) -> None:

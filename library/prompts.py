@@ -1,15 +1,17 @@
 """Sample prompt files in sd-scripts' syntax: .txt, .toml, .json. No torch.
 
 A line is a text and options: `a red fox --w 1024 --h 768 --d 7 --s 20 --l 4.5 --n blurry`. Negative numbers work
-(`--d -1` is a new seed each time); an option that is not known or not readable is an error that names the line.
+(`--d -1` is a new seed in every run); an option that is not known or not readable is an error that names the line.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ class Prompt:
     negative_prompt: str = ""
     width: int | None = None  # None: the family's usual size
     height: int | None = None
-    seed: int | None = None  # None: the run's seed plus the prompt's place; below 0: a new one each time
+    seed: int | None = None  # None: the run's seed plus the prompt's place; below 0: a new one in every run
     sample_steps: int = 20
     scale: float = 1.0  # classifier-free guidance; 1 = off
     guidance_scale: float | None = None  # embedded guidance, for families that have it
     flow_shift: float | None = None  # None: --discrete_flow_shift
 
+
+BLANK = Prompt("")
 
 FLAGS = {
     "w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "g": "guidance_scale",
@@ -38,10 +42,11 @@ ELSEWHERE = {
     "cn": "control images belong to edit models", "ctr": "it belongs to Lumina", "rcfg": "it belongs to Lumina",
 }  # fmt: skip
 WHOLE = {"width", "height", "seed", "sample_steps"}
+TEXTS = {"prompt", "negative_prompt"}
 
 
-def parse_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file. Raises ConfigError naming file and line."""
+def parse_prompts(path: Path, defaults: Prompt = BLANK) -> list[Prompt]:
+    """The prompts of a file; what one does not say is as in `defaults`. Raises ConfigError naming file and line."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -49,21 +54,34 @@ def parse_prompts(path: Path) -> list[Prompt]:
         raise ConfigError(f"--sample_prompts {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--sample_prompts {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if path.suffix == ".toml":
-        from library.options import read_toml
-
-        table = read_toml(path).get("prompt", {})
-        entries = [{**{k: v for k, v in table.items() if k != "subset"}, **one} for one in table.get("subset", [])]
-    elif path.suffix == ".json":
-        try:
-            entries = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"--sample_prompts {path} is not valid JSON: {error}") from None
-    else:
+    if path.suffix == ".txt":
         lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
-        return _some([parse_line(line, f"{path}:{n}") for n, line in lines if line and not line.startswith("#")], path)
-    where = [f"{path}, prompt {n}" for n in range(1, len(entries) + 1)]
-    return _some([_entry(e, w) for e, w in zip(entries, where, strict=True)], path)
+        found = [parse_line(line, f"{path}:{n}", defaults) for n, line in lines if line and not line.startswith("#")]
+        return _some(found, path)
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"--sample_prompts {path}: a prompt file is .txt, .toml or .json")
+    entries = _from_toml(path) if path.suffix == ".toml" else _from_json(text, path)
+    return _some([_entry(e, f"{path}, prompt {n}", defaults) for n, e in enumerate(entries, 1)], path)
+
+
+def _from_toml(path: Path) -> list[dict[str, Any]]:
+    from library.options import read_toml
+
+    table = read_toml(path).get("prompt", {})
+    subsets = table.get("subset", []) if isinstance(table, dict) else None
+    if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
+        raise ConfigError(f"--sample_prompts {path}: a [prompt] table with [[prompt.subset]] tables is expected")
+    return [{**{k: v for k, v in table.items() if k != "subset"}, **one} for one in subsets]
+
+
+def _from_json(text: str, path: Path) -> list[Any]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--sample_prompts {path} is not valid JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise ConfigError(f"--sample_prompts {path}: a list of texts or tables is expected")
+    return entries
 
 
 def _some(prompts: list[Prompt], path: Path) -> list[Prompt]:
@@ -72,25 +90,26 @@ def _some(prompts: list[Prompt], path: Path) -> list[Prompt]:
     return prompts
 
 
-def parse_line(line: str, where: str) -> Prompt:
+def parse_line(line: str, where: str, defaults: Prompt = BLANK) -> Prompt:
     """One line of a .txt file."""
     pieces = re.split(r"(?:^|\s)--(?=[a-zA-Z]+\b)", line)
     values: dict[str, Any] = {"prompt": pieces[0].strip()}
     for piece in pieces[1:]:
-        flag, _, value = piece.partition(" ")
+        word, _, value = piece.partition(" ")
+        flag = word.lower()  # as in sd-scripts
         if flag in ELSEWHERE:
             raise ConfigError(f"{where}: --{flag} is not read here: {ELSEWHERE[flag]}")
         if flag not in FLAGS:
             raise ConfigError(
-                f"{where}: --{flag} is not an option of a prompt (known: {', '.join('--' + f for f in FLAGS)})"
+                f"{where}: --{word} is not an option of a prompt (known: {', '.join('--' + f for f in FLAGS)})"
             )
         values[FLAGS[flag]] = value.strip()
-    return _entry(values, where)
+    return _entry(values, where, defaults)
 
 
-def _entry(entry: Any, where: str) -> Prompt:
+def _entry(entry: Any, where: str, defaults: Prompt) -> Prompt:
     if isinstance(entry, str):
-        return parse_line(entry, where)
+        return parse_line(entry, where, defaults)
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: neither a text nor a table")
     names = {f.name for f in fields(Prompt)}
@@ -100,20 +119,65 @@ def _entry(entry: Any, where: str) -> Prompt:
             continue
         if name not in names:
             raise ConfigError(f"{where}: '{name}' is not known{nearest(name, names)}")
-        values[name] = value if name in ("prompt", "negative_prompt") else _number(name, value, where)
+        values[name] = _text(name, value, where) if name in TEXTS else _number(name, value, where)
     if "prompt" not in values:
         raise ConfigError(f"{where}: there is no prompt in it")
-    prompt = Prompt(**values)
+    return check(replace(defaults, **values), where)
+
+
+def _text(name: str, value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: {name} {value!r} is not a text")
+    return value
+
+
+def _number(name: str, value: Any, where: str) -> int | float:
+    try:
+        number = int(str(value)) if name in WHOLE else float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: {name} {value!r} is not a {'whole ' if name in WHOLE else ''}number") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{where}: {name} {value!r} is not a finite number")
+    return number
+
+
+def check(prompt: Prompt, where: str) -> Prompt:
+    """The prompt, if pictures can be made with its numbers. Raises ConfigError."""
     for name in ("width", "height"):
         if getattr(prompt, name) is not None and getattr(prompt, name) < 1:
             raise ConfigError(f"{where}: {name} {getattr(prompt, name)} is not a size")
     if not 1 <= prompt.sample_steps <= 1000:
         raise ConfigError(f"{where}: {prompt.sample_steps} steps; 1 to 1000 are possible")
+    if prompt.flow_shift is not None and prompt.flow_shift <= 0:
+        raise ConfigError(f"{where}: flow shift {prompt.flow_shift:g}; it must be above 0 (1 = no shift)")
+    if prompt.seed is not None and prompt.seed >= 2**64:
+        raise ConfigError(f"{where}: seed {prompt.seed} is too large; it must be below 2^64")
     return prompt
 
 
-def _number(name: str, value: Any, where: str) -> int | float:
-    try:
-        return int(str(value)) if name in WHOLE else float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: {name} {value!r} is not a {'whole ' if name in WHOLE else ''}number") from None
+def seed_of(prompt: Prompt, number: int, run_seed: int) -> int:
+    """The seed of the `number`-th prompt; one drawn now if it asks for a new one."""
+    if prompt.seed is None:
+        return run_seed + number
+    return prompt.seed if prompt.seed >= 0 else int.from_bytes(os.urandom(4), "big")
+
+
+def fitted(side: int, multiple: int) -> int:
+    """The side of a picture, rounded down to the family's multiple."""
+    return max(multiple, side // multiple * multiple)
+
+
+def notes(prompts: list[Prompt], multiple: int) -> list[str]:
+    """What prompts ask for and do not get, one sentence each."""
+    said = []
+    for number, prompt in enumerate(prompts, 1):
+        sides = [side for side in (prompt.width, prompt.height) if side and side != fitted(side, multiple)]
+        if sides:
+            said.append(
+                f"prompt {number}: side {sides[0]} becomes {fitted(sides[0], multiple)}, a multiple of {multiple}"
+            )
+        if prompt.negative_prompt and prompt.scale == 1:
+            said.append(f"prompt {number}: a negative prompt has no effect without guidance (--l, not 1)")
+        if prompt.guidance_scale is not None:
+            said.append(f"prompt {number}: --g is embedded guidance, which no model here has; guidance is --l")
+    return said

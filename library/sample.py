@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library import flow
 from library.pictures import grid, save_png
+from library.prompts import fitted, notes, seed_of
 
 if TYPE_CHECKING:
     from library.families.family import Cond, Family
@@ -61,10 +62,11 @@ def decode(family: Family, vae: torch.nn.Module, latents: Tensor) -> np.ndarray:
 
 def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int) -> tuple[int, int, int]:
     """[C,h,w] for a prompt; sides are rounded down to the family's multiple."""
-    sides = [
-        (side or resolution) // family.pixel_multiple * family.pixel_multiple for side in (prompt.height, prompt.width)
-    ]
-    return (channels, *(max(side, family.pixel_multiple) // family.latent_downscale for side in sides))  # type: ignore[return-value]
+    height, width = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.height, prompt.width))
+    return channels, height // family.latent_downscale, width // family.latent_downscale
+
+
+MOST_COLUMNS = 12  # of a grid: pictures are kept in memory, and a page has a width
 
 
 class Samples:
@@ -94,8 +96,11 @@ class Samples:
         )
         self.channels, self.resolution = channels, resolution
         self.columns: list[tuple[str, list[np.ndarray]]] = []
-        self.latents: dict[str, list[Tensor]] = {}
+        self.latents: dict[str, list[Tensor]] = {}  # of the first and of the latest column
+        self.seeds = [seed_of(prompt, number, options.seed) for number, prompt in enumerate(prompts)]
         self.grid_path = folder / f"{name}-grid.png"
+        for note in notes(prompts, family.pixel_multiple):
+            print(f"note: {note}", file=sys.stderr, flush=True)
 
     def base(self, denoiser: torch.nn.Module, network: torch.nn.Module | None) -> None:
         """The base model's column: the network switched off, or the model before its first step."""
@@ -118,52 +123,49 @@ class Samples:
 
     def _column(self, label: str, denoiser: torch.nn.Module, network: torch.nn.Module | None, tag: str | None) -> None:
         trained = network if network is not None else denoiser
-        was_training = trained.training
-        trained.eval()  # network dropout off
-        denoiser.eval()
+        were_training = [(module, module.training) for module in (trained, denoiser)]
+        for module, _ in were_training:
+            module.eval()  # network dropout off
         torch_state, python_state = torch.get_rng_state(), random.getstate()
+        pictures, latents = [], []
         try:
-            pictures, self.latents[label] = [], []
             vae = self.load_vae()
             for number, prompt in enumerate(self.prompts):
-                picture = self._picture(denoiser, vae, prompt, number, label)
-                pictures.append(picture)
+                latents.append(self._latents(denoiser, prompt, self.seeds[number]))
+                pictures.append(decode(self.family, vae, latents[-1]))
                 if tag is not None:
-                    seed = self._seed(prompt, number)
-                    save_png(
-                        picture, self.folder / f"{self.name}_{tag}_{number:02d}_{seed}.png", {"prompt": prompt.prompt}
-                    )
+                    path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
+                    save_png(pictures[-1], path, {"prompt": prompt.prompt})
         finally:
-            trained.train(was_training)
-            denoiser.train(was_training)
+            for module, mode in were_training:
+                module.train(mode)
             torch.set_rng_state(torch_state)
             random.setstate(python_state)
-        self.columns = [c for c in self.columns if c[0] != label] + [(label, pictures)]
+        self._keep(label, pictures, [one.cpu() for one in latents])
 
-    def _picture(
-        self, denoiser: torch.nn.Module, vae: torch.nn.Module, prompt: Prompt, number: int, label: str
-    ) -> np.ndarray:
+    def _keep(self, label: str, pictures: list[np.ndarray], latents: list[Tensor]) -> None:
+        """Add a column; of too many, every second one between the first and the latest goes."""
+        self.columns = [c for c in self.columns if c[0] != label] + [(label, pictures)]
+        if len(self.columns) > MOST_COLUMNS:
+            self.columns = [*self.columns[:-1:2], self.columns[-1]]
+        first = next(iter(self.latents), label)
+        self.latents = {first: self.latents.get(first, latents), label: latents}
+
+    def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, seed: int) -> Tensor:
         shift = prompt.flow_shift if prompt.flow_shift is not None else self.options.discrete_flow_shift
         with self.autocast():
-            latents = generate_latents(
+            return generate_latents(
                 self.family,
                 denoiser,
                 self.conds[prompt.prompt],
                 self.conds[prompt.negative_prompt],
                 shape=latent_shape(self.family, prompt, self.channels, self.resolution),
-                seed=self._seed(prompt, number),
+                seed=seed,
                 steps=prompt.sample_steps,
                 scale=prompt.scale,
                 shift=shift,
                 device=self.device,
             )
-        self.latents[label].append(latents.cpu())
-        return decode(self.family, vae, latents)
-
-    def _seed(self, prompt: Prompt, number: int) -> int:
-        if prompt.seed is None:
-            return self.options.seed + number
-        return prompt.seed if prompt.seed >= 0 else int.from_bytes(os.urandom(4), "big")
 
 
 def style_distance(samples: list[Tensor], training: list[Tensor]) -> float:

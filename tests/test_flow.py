@@ -1,4 +1,4 @@
-"""Flow matching and losses against formulas written out independently with numpy."""
+"""Flow matching against formulas written out independently with numpy."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from library import flow, losses
+from library import flow
 
 BASE = {
     "sampling": "uniform", "sigmoid_scale": 1.0, "shift": 3.0, "weighting_scheme": "uniform", "logit_mean": 0.0,
@@ -56,6 +56,65 @@ def test_minimum_and_maximum_cut_the_distribution_and_keep_its_shape(sampling):
     assert np.allclose(np.quantile(cut, quantiles), np.quantile(inside, quantiles), atol=0.01)
 
 
+def test_a_cut_distribution_is_its_inverse_distribution_function():
+    """F^-1(F(a) + u (F(b) - F(a))) with F written out for each sampling."""
+    from statistics import NormalDist
+
+    low, high, f = 0.25, 0.9, 3.0
+    normal = NormalDist()
+    unshift = lambda s: s / (f - (f - 1) * s)  # noqa: E731
+    logit = lambda s: math.log(s / (1 - s))  # noqa: E731
+    cut = {"min_sigma": low, "max_sigma": high}
+    assert np.allclose(mine(**cut), low + (high - low) * U, atol=3e-5)
+    a, b = (normal.cdf(logit(unshift(s))) for s in (low, high))
+    expected = shifted(sigmoid(normal_quantile(a + (b - a) * U)), f)
+    assert np.allclose(mine(sampling="shift", **cut), expected, atol=1e-4)
+    a, b = 1 - unshift(low), 1 - unshift(high)  # the descending one: u = 0 is the most noise
+    assert np.allclose(mine(sampling="sigma", **cut), shifted(1 - (b + (a - b) * U), f), atol=1e-4)
+
+
+def test_every_number_of_tokens_has_its_own_cut():
+    for tokens in (256, 4096, 256):
+        mu = 0.5 + 0.65 * (tokens - 256) / (4096 - 256)
+        free = np.sort(np.exp(mu) / (np.exp(mu) + 1 / sigmoid(normal_quantile(U)) - 1))
+        cut = mine(sampling="flux_shift", tokens=tokens, min_sigma=0.4, max_sigma=0.7)
+        inside = free[(free >= 0.4) & (free <= 0.7)]
+        assert np.median(cut) == pytest.approx(np.median(inside), abs=0.005)
+
+
+def test_equal_minimum_and_maximum_are_one_sigma():
+    assert np.allclose(mine(sampling="shift", min_sigma=0.6, max_sigma=0.6), 0.6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "logit_normal", "mode"])
+def test_sigma_sampling_is_within_a_step_of_sd_scripts_table(scheme):
+    """u by scheme, index floor(1000 u) into sigmas of t = 1000..1, each shifted."""
+    table = shifted(np.arange(1000, 0, -1) / 1000, 3.0)
+    n = normal_quantile(U)
+    u = {"uniform": U, "logit_normal": sigmoid(n), "mode": 1 - U - 1.29 * (np.cos(math.pi * U / 2) ** 2 - 1 + U)}[
+        scheme
+    ]
+    theirs = table[np.floor(1000 * u).astype(int)]
+    assert np.abs(mine(sampling="sigma", weighting_scheme=scheme) - theirs).max() <= 3.0 / 1000 + 1e-6
+
+
+def test_quantiles_for_validation_split_the_drawn_sigmas_as_they_say():
+    """A Kolmogorov-Smirnov distance: the share of drawn sigmas below the q-quantile is q."""
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    chosen = {**BASE, "sampling": "shift", "min_sigma": 0.1, "max_sigma": 0.95}
+    drawn, points = flow.sigma_from(uniform, **chosen), [0.1, 0.3, 0.5, 0.7, 0.9]
+    shares = (drawn[None] <= flow.sigma_quantiles(points, **chosen)[:, None]).double().mean(dim=1)
+    assert float((shares - torch.tensor(points, dtype=torch.float64)).abs().max()) < 1.63 / math.sqrt(20_000)  # 1 %
+
+
+def test_a_samplers_sigmas_go_from_noise_to_data():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=list(np.linspace(1, 0, 9)[:-1]))
+    assert torch.allclose(flow.shifted_sigmas(8, 3.0), scheduler.sigmas, atol=1e-6)
+
+
 def test_noising_velocity_and_perturbation():
     generator = torch.Generator().manual_seed(0)
     x0, noise, extra = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(3))
@@ -86,29 +145,3 @@ def test_loss_weights_and_flux_shift():
     assert flow.flux_shift(256) == pytest.approx(math.exp(0.5)) and flow.flux_shift(4096) == pytest.approx(
         math.exp(1.15)
     )
-
-
-def test_losses_are_their_formulas():
-    p, t, c = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.1, 0.7])
-    d, k = (p - t).numpy(), c.numpy().reshape(2, 1, 1, 1)
-    assert np.allclose(losses.elementwise(p, t, "l2"), d**2, atol=1e-6)
-    assert np.allclose(losses.elementwise(p, t, "l1"), abs(d), atol=1e-6)
-    root = np.sqrt(d**2 + k**2) - k
-    assert np.allclose(losses.elementwise(p, t, "huber", c), 2 * k * root, atol=1e-5)
-    assert np.allclose(losses.elementwise(p, t, "smooth_l1", c), 2 * root, atol=1e-5)
-
-
-def test_huber_schedules():
-    sigma = torch.tensor([0.0, 0.5, 1.0])
-    assert torch.allclose(losses.huber_c(sigma, "constant", 0.1, 2.0), torch.full((3,), 0.2))
-    assert torch.allclose(losses.huber_c(sigma, "exponential", 0.1, 1.0), torch.tensor([1.0, 0.1**0.5, 0.1]))
-    ratio = np.array([0.0, 1.0, np.inf])  # sigma / (1 - sigma)
-    assert np.allclose(losses.huber_c(sigma, "snr", 0.1, 1.0).numpy(), 0.9 / (1 + ratio) ** 2 + 0.1)
-
-
-def test_a_mask_is_averaged_onto_the_latent_grid():
-    mask = torch.zeros(1, 8, 8)
-    mask[:, :, :4] = 1
-    mask[:, :4, 4:6] = 1
-    out = losses.masked(torch.ones(1, 2, 2, 2), mask)
-    assert torch.allclose(out[0, 1], torch.tensor([[1.0, 0.5], [1.0, 0.0]]))

@@ -1,4 +1,4 @@
-"""Prompt files, pictures against diffusers' pipeline, what sampling leaves untouched, the report."""
+"""Prompt files, pictures against diffusers' pipeline, what sampling leaves untouched."""
 
 import json
 import random
@@ -9,10 +9,10 @@ import pytest
 import torch
 from training_support import launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
-from library import report, sample
+from library import sample
 from library.errors import ConfigError
 from library.pictures import grid
-from library.prompts import Prompt, parse_line, parse_prompts
+from library.prompts import Prompt, notes, parse_line, parse_prompts
 
 
 def test_a_line_is_a_text_and_its_options_negative_numbers_included():
@@ -21,8 +21,13 @@ def test_a_line_is_a_text_and_its_options_negative_numbers_included():
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("a --q 1", "--q"), ("a --w big", "width"), ("a --ss ddim", "Euler"), ("a --s 0", "steps")]
-)
+    ("line", "said"),
+    [
+        ("a --q 1", "--q"), ("a --w big", "width"), ("a --ss ddim", "Euler"), ("a --s 0", "steps"), ("a --w", "width"),
+        ("a --d=5", "--d=5"), ("a --fs 0", "above 0"), ("a --fs -2", "above 0"), ("a --l nan", "finite"),
+        ("a --d 99999999999999999999999", "2^64"), ("a --h -64", "height"),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_read_is_named_with_its_line(tmp_path, line, said):
     (tmp_path / "p.txt").write_text(f"# comment\n\n{line}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="p.txt:3") as caught:
@@ -37,6 +42,39 @@ def test_toml_and_json_prompts(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(["b --d 4", {"prompt": "c", "scale": 2}]), encoding="utf-8")
     assert parse_prompts(tmp_path / "p.toml") == [Prompt("a", width=64, seed=3)]
     assert parse_prompts(tmp_path / "p.json") == [Prompt("b", seed=4), Prompt("c", scale=2.0)]
+
+
+def test_options_of_a_line_may_be_capitals_as_in_sd_scripts():
+    assert parse_line("a --W 64 --L 2", "x:1") == Prompt("a", width=64, scale=2.0)
+
+
+def test_what_a_prompt_does_not_say_comes_from_the_defaults(tmp_path):
+    (tmp_path / "p.txt").write_text("a --s 20\nb --l 1\n", encoding="utf-8")
+    defaults = Prompt("", "ugly", sample_steps=30, scale=4.0)
+    found = parse_prompts(tmp_path / "p.txt", defaults)
+    assert found == [Prompt("a", "ugly", sample_steps=20, scale=4.0), Prompt("b", "ugly", sample_steps=30, scale=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.json", '{"prompt": "a", "seed": 3}', "a list"), ("p.json", '"a"', "a list"), ("p.json", "[", "valid JSON"),
+        ("p.json", '[{"prompt": 5}]', "not a text"), ("p.json", '[{"promt": "a"}]', "did you mean 'prompt'"),
+        ("p.toml", 'prompt = "a"', "[[prompt.subset]]"), ("p.toml", '[[prompt]]\nprompt = "a"', "[[prompt.subset]]"),
+        ("p.yaml", "a: 1", ".txt, .toml or .json"), ("p.txt", "# nothing\n", "no prompt"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_form_is_one_sentence(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        parse_prompts(tmp_path / name)
+    assert said in str(caught.value) and name in str(caught.value)
+
+
+def test_what_a_prompt_asks_for_and_does_not_get_is_said():
+    said = notes([Prompt("a", "ugly", width=100, guidance_scale=3.5), Prompt("b", "ugly", 96, 64, scale=2.0)], 16)
+    assert len(said) == 3 and all("prompt 1" in one for one in said)
+    assert "100 becomes 96" in said[0] and "negative" in said[1] and "--g" in said[2]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +192,15 @@ def test_a_grid_shows_every_picture_in_its_place():
         assert (image == colour).all(axis=2).sum() >= 128 * 128
 
 
+def test_a_grid_shrinks_large_pictures_and_keeps_their_shape():
+    red, blue = (200, 10, 10), (10, 10, 200)
+    large, narrow = (np.full((1024, w, 3), colour, np.uint8) for w, colour in ((768, red), (512, blue)))
+    image = np.asarray(grid([[large], [narrow]], ["one", "a long label " * 40], ["a"]))
+    for colour, shape in ((red, (512, 384)), (blue, (512, 256))):
+        rows, columns = np.nonzero((image == colour).all(axis=2))
+        assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == shape
+
+
 def test_the_style_distance_of_gaussians_is_its_closed_form():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(1, 3, 300, 300, generator=generator) * torch.tensor([1.0, 2.0, 0.5]).view(1, 3, 1, 1)
@@ -162,50 +209,75 @@ def test_the_style_distance_of_gaussians_is_its_closed_form():
     assert sample.style_distance([a], [a]) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_report_escapes_what_users_wrote_and_the_log_drops_what_will_be_written_again(tmp_path):
-    log = report.JsonLog(tmp_path / "x.jsonl")
-    for step in (1, 2, 3):
-        log.write(step=step, loss=1.0 / step)
-    log.file.write('{"step": 4, "lo')
-    log.file.flush()
-    again = report.JsonLog(tmp_path / "x.jsonl", resume_step=2)
-    assert [line["step"] for line in report.read_lines(again.path)] == [1, 2]
-    page = report.write(
-        tmp_path,
-        "x",
-        title="<b>t</b>",
-        facts={"<script>": "<img>"},
-        plan="<i>",
-        options="<u>",
-        log=again.path,
-        files=[],
-        grid=None,
-    ).read_text(encoding="utf-8")
-    assert "<script>" not in page and "<img>" not in page and "&lt;script&gt;" in page and "<i>" not in page
+def sample_run(models, folder, *prompts):
+    import contextlib
 
-
-def test_python_and_torch_random_state_survive_sampling(models):
-    family, denoiser, vae, text, tokenizers = models
+    family, _, vae, text, tokenizers = models
     conds = {c: family.encode([text], tokenizers, c, "cpu") for c in ("a", "")}
     options = SimpleNamespace(seed=1, discrete_flow_shift=2.0)
-    import contextlib
-    from pathlib import Path
-
-    run = sample.Samples(
-        [Prompt("a", width=64, height=64, sample_steps=1)],
-        family,
-        options,
-        conds,
-        Path("."),
-        "x",
-        lambda: vae,
-        "cpu",
-        contextlib.nullcontext,
-        16,
-        64,
+    return sample.Samples(
+        list(prompts), family, options, conds, folder, "x", lambda: vae, "cpu", contextlib.nullcontext, 16, 64
     )
+
+
+TINY = {"width": 64, "height": 64, "sample_steps": 1}
+
+
+def test_random_state_and_modes_survive_sampling(models, tmp_path):
+    denoiser = models[1]
+    run = sample_run(models, tmp_path, Prompt("a", **TINY))
     states = torch.get_rng_state(), random.getstate()
+    network = torch.nn.Dropout()
+    network.set_multiplier = lambda value: None
+    network.train(), denoiser.eval()
+    run.base(denoiser, network)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert network.training and not denoiser.training
     denoiser.train()
     run.base(denoiser, None)
-    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate() and denoiser.training
+    assert denoiser.training
     denoiser.eval()
+
+
+def test_a_random_seed_is_the_same_in_every_column_and_in_the_file_name(models, tmp_path):
+    from PIL import Image
+
+    denoiser = models[1]
+    run = sample_run(models, tmp_path, Prompt("a", seed=-1, **TINY))
+    run.base(denoiser, None)
+    run.render(denoiser, None, step=5, epoch=None)
+    (_, (base,)), (_, (later,)) = run.columns
+    assert np.array_equal(base, later)
+    (path,) = (tmp_path / "sample").glob("x_000005_00_*.png")
+    seed = int(path.stem.rpartition("_")[2])
+    again = sample_run(models, tmp_path / "again", Prompt("a", seed=seed, **TINY))
+    again.base(denoiser, None)
+    assert np.array_equal(again.columns[0][1][0], np.asarray(Image.open(path)))
+    assert sample_run(models, tmp_path, Prompt("a", seed=-1, **TINY)).seeds != run.seeds
+
+
+def test_a_long_run_keeps_the_base_and_the_latest_column_and_not_all(models, tmp_path, monkeypatch):
+    denoiser = models[1]
+    run = sample_run(models, tmp_path, Prompt("a", **TINY))
+    monkeypatch.setattr(sample.Samples, "_latents", lambda self, *a: torch.zeros(1, 16, 8, 8))
+    monkeypatch.setattr(sample, "decode", lambda *a: np.zeros((8, 8, 3), np.uint8))
+    run.base(denoiser, None)
+    for step in range(1, 60):
+        run.render(denoiser, None, step=step, epoch=None)
+        labels = [label for label, _ in run.columns]
+        assert labels[0] == "base" and labels[-1] == f"step {step}" and len(labels) <= sample.MOST_COLUMNS
+        steps = [int(label.split()[1]) for label in labels[1:]]
+        assert steps == sorted(set(steps))
+    assert list(run.latents) == ["base", "step 59"]
+
+
+def test_a_column_that_failed_leaves_the_others_as_they_were(models, tmp_path, monkeypatch):
+    denoiser = models[1]
+    run = sample_run(models, tmp_path, Prompt("a", **TINY))
+    run.base(denoiser, None)
+    run.render(denoiser, None, step=1, epoch=None)
+    monkeypatch.setattr(sample, "decode", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.render(denoiser, None, step=2, epoch=None)
+    assert [label for label, _ in run.columns] == list(run.latents) == ["base", "step 1"]
+    assert sample.style_distance(run.latents["step 1"], run.latents["base"]) == pytest.approx(0, abs=1e-6)
