@@ -129,7 +129,8 @@ class Reader:
         from library import quantised
 
         value = self.raw(key)
-        if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8) and key.endswith(".weight"):
+        packed = value.dtype == torch.uint8 and key.endswith(".weight")
+        if packed or value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):  # some files hold even biases in fp8
             return quantised.dequantise(key, value, self.raw, dtype or torch.bfloat16)
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
             return value
@@ -152,6 +153,8 @@ def _files_of(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ConfigError(f"{index} is not an index of shards (no 'weight_map'); load it anew") from None
     for name in names:
@@ -206,7 +209,7 @@ def load_part(
 
     checkpoint, layout_name = find_part(part, path)
     shapes = checkpoint.shapes
-    config = part.config(shapes, checkpoint.metadata, layout_name) if config is None else config
+    config = configuration(part, path, shapes, checkpoint.metadata, layout_name) if config is None else config
     with torch.device("meta"):
         model = part.build(config)
     ours = shapes_of(model)
@@ -222,6 +225,18 @@ def load_part(
     part.finish(model, device)
     model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, Path(path))
     return model
+
+
+def configuration(
+    part: Part, path: Path | str, shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str
+) -> dict[str, Any]:
+    """The model's configuration from a file. Raises ConfigError if a tensor that tells the size lacks or is odd."""
+    try:
+        return part.config(shapes, metadata, layout)
+    except KeyError as error:
+        raise ConfigError(f"{path} does not fit {part.title}: {error.args[0]} is missing; load it anew") from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise ConfigError(f"{path} does not fit {part.title}: its tensors do not have the shapes of one") from None
 
 
 def _place(tensor: Tensor, device: Any) -> Tensor:
@@ -275,7 +290,10 @@ def save_part(
     state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v) for k, v in model.state_dict().items()}
     theirs = binding.layout.to_theirs(state) | binding.extras
     tensors = {binding.prefix + key: value for key, value in theirs.items()}
-    save(tensors, path, {**binding.metadata, **metadata})
+    from library import quantised
+
+    own = {key: value for key, value in binding.metadata.items() if key != quantised.METADATA}
+    save(tensors, path, {**own, **metadata})
 
 
 # ---------------------------------------------------------------- writing
@@ -287,6 +305,7 @@ def save(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str,
     Raises DiskError when the disk is too small (found before writing) or cannot be written; nothing that has
     the final name is ever incomplete, and an older file of that name stays until the new one is whole.
     """
+    from safetensors import SafetensorError  # what its writer raises when the disk is full
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -302,9 +321,9 @@ def save(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str,
         _verify(partial, ready)
         os.replace(partial, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise DiskError(
-            f"{path} could not be written ({error.strerror or error}); make room or change the folder"
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}); make room or change the folder"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from library.checkpoints import Checkpoint, rows_of
+from library.checkpoints import Checkpoint, configuration, rows_of
 from library.errors import ConfigError
 from library.families import FAMILIES, get_family
 from library.layout import Shape
@@ -107,15 +107,21 @@ def identify(checkpoint: Checkpoint, exact: bool = False) -> Identity:
     common: dict[str, Any] = {"dtypes": _count(checkpoint), "parameters": sum(_numel(s) for s in shapes.values())}
     if any(key.endswith(LORA_SUFFIXES) for key in shapes):
         return _lora(shapes, common)
-    known = _known_part(checkpoint, common, exact)
-    if known:
-        return known
+    # Denoisers first: an all-in-one checkpoint of any family also holds a VAE and text encoders.
+    found = _known_part(checkpoint, common, exact, denoiser=True) or _listed(shapes, common, ("checkpoint",))
+    found = found or _known_part(checkpoint, common, exact, denoiser=False)
+    found = found or _listed(shapes, common, ("vae", "text_encoder"))
+    return found or Identity("unknown", "", "", "", "", matched=0, unmatched=sorted(shapes), **common)
+
+
+def _listed(shapes: Mapping[str, Shape], common: dict[str, Any], kinds: tuple[str, ...]) -> Identity | None:
+    """The first row of the table, of these kinds, whose keys are all there under one prefix."""
     for prefix in PREFIXES:
         names = {key[len(prefix) :] for key in shapes if key.startswith(prefix)}
         for kind, family, variant, title, keys in TABLE:
-            if all(key in names for key in keys):
+            if kind in kinds and all(key in names for key in keys):
                 return Identity(kind, family, variant, "original", "", matched=len(names), title=title, **common)
-    return Identity("unknown", "", "", "", "", matched=0, unmatched=sorted(shapes), **common)
+    return None
 
 
 def _count(checkpoint: Checkpoint) -> dict[str, int]:
@@ -132,18 +138,18 @@ def _numel(shape: Shape) -> int:
     return n
 
 
-def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool) -> Identity | None:
+def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, denoiser: bool) -> Identity | None:
     """A part of one of our families: every key is compared with its table's names (without building the model)."""
     for name in FAMILIES:
         family = get_family(name)
-        for part in (family.denoiser, family.vae, *family.text_encoders):
+        for part in (family.denoiser,) if denoiser else (family.vae, *family.text_encoders):
             for prefix in part.prefixes:
                 chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
                 layout = part.recognise(chosen.shapes)
                 if not layout:
                     continue
                 shapes = chosen.shapes
-                wanted = _names(part, layout, shapes, checkpoint.metadata) if exact else shapes
+                wanted = _names(part, layout, chosen) if exact else shapes
                 unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
                 kind = "checkpoint" if part is family.denoiser else part.name
                 return Identity(
@@ -161,14 +167,14 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool) -> 
     return None
 
 
-def _names(part: Any, layout: str, shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dict[str, Shape]:
+def _names(part: Any, layout: str, checkpoint: Checkpoint) -> dict[str, Shape]:
     """Names that the part's own layout gives for a file of this size. Needs the model, on the meta device."""
     import torch
 
     from library.layout import Layout, shapes_of
 
     with torch.device("meta"):
-        model = part.build(part.config(shapes, metadata, layout))
+        model = part.build(configuration(part, checkpoint.path, checkpoint.shapes, checkpoint.metadata, layout))
     ours = shapes_of(model)
     return Layout(layout, rows_of(part, layout, ours), ours).their_shapes
 

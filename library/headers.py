@@ -101,6 +101,10 @@ def _check_offsets(path: Path, tensors: Mapping[str, TensorInfo], data: int) -> 
     for key, info in sorted(tensors.items(), key=lambda entry: (entry[1].start, entry[1].end)):
         if info.start < position:
             raise ConfigError(f"{path} is damaged: {key[:80]!r} overlaps another tensor")
+        if info.start > position:
+            raise ConfigError(f"{path} is damaged: bytes that belong to no tensor come before {key[:80]!r}")
         position = max(position, info.end)
     if position > data:
         raise ConfigError(f"{path} is truncated: {position} bytes of weights expected, {data} there; load it anew")
+    if position < data:
+        raise ConfigError(f"{path} is damaged: {data - position} bytes follow its last tensor; load it anew")

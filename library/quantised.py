@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # names and shapes are asked for before torch is needed
 
 COMPANIONS = (".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant")
 MARKERS = ("scaled_fp8",)
+METADATA = "_quantization_metadata"  # in the header: names the quantised layers, so it is untrue of dequantised weights
 FP8 = ("F8_E4M3", "F8_E5M2")
 # Values of a 4-bit float with two exponent bits and one mantissa bit (OCP Microscaling Formats 1.0, E2M1).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

@@ -41,6 +41,8 @@ BROKEN = {
     "negative": ({"a": tensor([-2], 0, 8)}, b"x" * 8, None),
     "unknown dtype": ({"a": tensor([2], 0, 8, "F99")}, b"x" * 8, None),
     "truncated data": ({"a": tensor([2], 0, 8)}, b"x" * 4, None),
+    "data after the last tensor": ({"a": tensor([2], 0, 8)}, b"x" * 12, None),
+    "a hole between tensors": ({"a": tensor([2], 0, 8), "b": tensor([2], 12, 20)}, b"x" * 20, None),
     "metadata is no table": ({"__metadata__": [1]}, b"", None),
     "deep": (b"[" * 100_000, b"", None),
 }
@@ -84,6 +86,22 @@ def test_everything_wrong_with_a_file_is_said_at_once(tmp_path, weights):
         "x_embedder.bias [7] instead of [48]",
     ):
         assert part in str(caught.value)
+
+
+def test_a_file_without_the_tensor_that_its_size_is_read_from_is_one_sentence(tmp_path, weights):
+    del weights["x_embedder.weight"]
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="w.safetensors does not fit a Z-Image denoiser.*x_embedder.weight"):
+        load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("channels", [4, 32])
+def test_a_vae_with_other_latent_channels_is_refused(tmp_path, channels):
+    vae = {k[8:]: v for k, v in load_file(DATA / "vae_flux.safetensors").items() if k.startswith("weights/")}
+    vae["decoder.conv_in.weight"] = torch.zeros(8, channels, 3, 3)
+    save_file(vae, tmp_path / "vae.safetensors")
+    with pytest.raises(ConfigError, match="is not a Flux-type VAE: it is an LDM VAE"):
+        checkpoints.check_part(FAMILY.vae, str(tmp_path / "vae.safetensors"), "--vae")
 
 
 def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path):
@@ -154,6 +172,35 @@ def test_containers_shards_and_diffusers_folders_give_the_same_model(tmp_path, w
         assert float((mine - expected).norm() / expected.norm()) < 1e-4, path
 
 
+def test_a_folder_that_diffusers_saved_gives_diffusers_own_output(tmp_path):
+    from diffusers import ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    saved = ZImageTransformer2DModel(
+        in_channels=4, dim=256, n_layers=1, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=12,
+        axes_dims=[16, 24, 24], axes_lens=[1536, 512, 512],
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in saved.parameters():  # the pad tokens come uninitialised
+            parameter.normal_(0, 0.1)
+    saved.save_pretrained(tmp_path / "transformer", max_shard_size="2MB")
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    noisy, sigma, text = torch.randn(1, 4, 8, 6), torch.tensor([0.3]), torch.randn(7, 12)
+    with torch.no_grad():
+        expected = -saved([noisy[0].unsqueeze(1)], 1 - sigma, [text], return_dict=False)[0][0].squeeze(1)
+        out = FAMILY.predict(load(tmp_path), noisy, sigma, [{"text": text}])[0]
+    difference = float((out - expected).norm() / expected.norm())
+
+    assert torch.isfinite(expected).all() and expected.std() > 1e-3 and difference < 1e-5
+
+
+@pytest.mark.parametrize("named", [5, ["a"], None])
+def test_an_index_whose_entries_are_no_names_is_refused(tmp_path, named):
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": named}}))
+    with pytest.raises(ConfigError, match="not an index of shards"):
+        checkpoints.Checkpoint.open(tmp_path)
+
+
 def test_an_index_that_points_outside_of_its_folder_is_refused(tmp_path):
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(ConfigError, match="outside"):
@@ -216,6 +263,34 @@ def test_fp8_and_fp4_files_are_dequantised_by_their_companions(tmp_path, weights
     assert float((qkv.detach() - weights[key]).norm() / weights[key].norm()) < 0.04
 
 
+def test_a_file_that_was_cast_to_fp8_as_a_whole_loads_without_a_wanted_type(tmp_path, weights):
+    cast = {k: v.to(torch.float8_e4m3fn) for k, v in weights.items()}
+    save_file(cast, tmp_path / "f.safetensors")
+    model = load(tmp_path / "f.safetensors", dtype=None)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.x_pad_token.detach(), cast["x_pad_token"].bfloat16())
+    assert torch.equal(model.layers[0].feed_forward.w1.weight, cast["layers.0.feed_forward.w1.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_comfy_quant_file_loads_and_a_full_save_does_not_call_itself_quantised(tmp_path, weights, rows):
+    name = "layers.0.feed_forward.w1"
+    weight = weights[f"{name}.weight"]
+    scale = (weight.abs().amax(dim=1, keepdim=True) if rows else weight.abs().max()) / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    text = json.dumps({"format": "float8_e4m3fn"})
+    file = weights | {f"{name}.weight": stored, f"{name}.weight_scale": scale.flatten() if rows else scale}
+    file[f"{name}.comfy_quant"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    header = {"_quantization_metadata": json.dumps({"layers": {name: {"format": "float8_e4m3fn"}}}), "owner": "someone"}
+    save_file(file, tmp_path / "q.safetensors", metadata=header)
+    model = load(tmp_path / "q.safetensors")
+    loaded = model.layers[0].feed_forward.w1.weight.detach()
+    assert torch.equal(loaded, stored.float() * scale) and float((loaded - weight).norm() / weight.norm()) < 0.04
+    checkpoints.save_part(model, tmp_path / "s.safetensors", {})
+    saved = read_header(tmp_path / "s.safetensors")
+    assert saved.metadata == {"owner": "someone"} and saved.tensors.keys() == weights.keys()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
 def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_bytes(b"x")
@@ -235,6 +310,31 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(tmp_path, monkeypa
     )
     with pytest.raises(DiskError, match="No space left"):
         checkpoints.save({"a": torch.zeros(4)}, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and torch.equal(
+        load_file(path)["a"], torch.ones(4)
+    )
+
+
+REFUSED = """
+import resource, signal, sys, torch
+from library import checkpoints
+from library.errors import DiskError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save({"a": torch.zeros(1_000_000)}, sys.argv[1])
+except DiskError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_a_write_that_the_system_really_refuses_is_one_sentence_and_the_older_file_stays(tmp_path):
+    path = tmp_path / "a.safetensors"
+    checkpoints.save({"a": torch.ones(4)}, path)
+    done = subprocess.run([sys.executable, "-c", REFUSED, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a.safetensors could not be written" in done.stdout and "make room" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and torch.equal(
         load_file(path)["a"], torch.ones(4)
     )

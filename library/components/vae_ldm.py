@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from library.families.family import Part
@@ -48,7 +49,11 @@ def _resnets(theirs: str, ours: str) -> list[Row]:
     return [row(f"{theirs}.{i}.{a}", f"{ours}.{i}.{b}") for i in range(4) for a, b in names.items()]
 
 
-def recognise(shapes: Mapping[str, Shape]) -> str | None:
+def recognise(shapes: Mapping[str, Shape], channels: int) -> str | None:
+    """Files of this kind are told apart by their latent channels: 4 (SD, SDXL), 16 (SD3, Flux), 32 (Flux 2)."""
+    latent = shapes.get("decoder.conv_in.weight", ())
+    if len(latent) != 4 or latent[1] != channels:
+        return None
     if "encoder.down.0.block.0.conv1.weight" in shapes and len(shapes["encoder.down.0.block.0.conv1.weight"]) == 4:
         return "ldm"
     down = shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight")
@@ -86,14 +91,14 @@ def build(configuration: dict[str, Any]) -> torch.nn.Module:
     return AutoencoderKL(**configuration)
 
 
-def part(title: str) -> Part:
+def part(title: str, channels: int) -> Part:
     """The VAE part of a family; the normalisation is the family's."""
     return Part(
         name="vae",
         title=title,
         option="vae",
         layouts={"ldm": ldm_rows, "diffusers": identity},
-        recognise=recognise,
+        recognise=partial(recognise, channels=channels),
         config=config,
         build=build,
         prefixes=("", "first_stage_model.", "vae."),

@@ -158,7 +158,7 @@ Z_IMAGE = Family(
     name="z_image",
     title="Z-Image",
     denoiser=DENOISER,
-    vae=vae_ldm.part("a Flux-type VAE"),
+    vae=vae_ldm.part("a Flux-type VAE", channels=16),
     text_encoders=(qwen3.part("a Qwen3 text encoder"),),
     tokenizers=tokenizers,
     tokenizer_paths=tokenizer_paths,
