@@ -47,6 +47,22 @@ def hunyuan_image():
     return model, ("transformer_blocks", "single_transformer_blocks"), lambda m: m(**inputs)[0]
 
 
+def flux():
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
+        pooled_projection_dim=12, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 8), "encoder_hidden_states": torch.randn(1, 5, 24), "timestep": torch.tensor([0.4]),
+        "pooled_projections": torch.randn(1, 12), "guidance": torch.tensor([3.5]), "img_ids": torch.rand(6, 3),
+        "txt_ids": torch.zeros(5, 3), "return_dict": False,
+    }  # fmt: skip
+    return model, ("transformer_blocks", "single_transformer_blocks"), lambda m: m(**inputs)[0]
+
+
 def z_image():
     from library.families.z_image import Z_IMAGE, build
 
@@ -60,7 +76,7 @@ def z_image():
     return model, Z_IMAGE.blocks, lambda m: Z_IMAGE.predict(m, noisy, sigma, conds)
 
 
-@pytest.mark.parametrize("make", [z_image, chroma, hunyuan_image])
+@pytest.mark.parametrize("make", [z_image, flux, chroma, hunyuan_image])
 def test_checkpointed_blocks_give_the_same_output_and_gradients(make):
     model, blocks, call = make()
     model.train()
@@ -70,6 +86,18 @@ def test_checkpointed_blocks_give_the_same_output_and_gradients(make):
     assert torch.allclose(out, plain, atol=1e-6) and found.keys() == expected.keys() and len(found) > 10
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
+def test_a_mask_hides_text_from_checkpointed_blocks():
+    model, blocks, call = chroma()
+    checkpoint_blocks(model.train(), blocks)
+    text = call.__closure__[0].cell_contents["encoder_hidden_states"]
+    before = call(model)
+    hidden, shown = text.clone(), text.clone()
+    text[:, 3:5] += 10
+    assert torch.allclose(call(model), before, atol=1e-6)
+    text.copy_(shown)[:, :3] += 10
+    assert not torch.allclose(call(model), before, atol=1e-3) and torch.equal(hidden, shown)
 
 
 def test_blocks_are_really_recomputed_in_the_backward_pass():

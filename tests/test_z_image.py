@@ -154,6 +154,25 @@ def test_under_bf16_the_time_reaches_its_embedding_in_float32(golden, tmp_path, 
     assert not torch.allclose(seen[0], rounded, atol=0.1)
 
 
+def test_the_first_layer_of_the_time_embedding_gets_the_float32_embedding_rounded_once(golden, tmp_path):
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    model = load(weights_of(golden), tmp_path, dtype=torch.bfloat16)
+    seen = []
+    model.t_embedder.mlp[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    sigma = torch.tensor([0.12345, 0.98765])
+    with torch.no_grad():
+        FAMILY.predict(model, golden["case.plain.in.x"], sigma, conds_of(golden, "plain"))
+    width = seen[0].shape[-1]
+
+    def embedded(time):  # cosines first, frequencies over half the width: the other function of diffusers for the same
+        return get_timestep_embedding(time * 1000, width, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+    exact, rounded = embedded(1 - sigma), embedded((1 - sigma).bfloat16().float())
+    assert seen[0].dtype == torch.bfloat16 and float((seen[0].float() - exact).abs().max()) < 2**-8
+    assert float((rounded - exact).abs().max()) > 0.1
+
+
 def test_captions_that_are_too_long_lose_their_end_and_never_the_template():
     class Letters:
         """One token a character."""
