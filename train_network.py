@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from library.batches import Batch
     from library.options import Options
+    from library.strategies import Encoders
 
 
 class NetworkTrainer:
@@ -30,10 +31,10 @@ class NetworkTrainer:
     def __init__(self, options: Options) -> None:
         from library.preflight import check
 
-        self.options, self.family = options, options.family
+        self.options = options
         self.started = time.perf_counter()
         self.plan = check(options)  # everything that can be known without a weight: files, dataset, prompts, disk
-        self.dataset, self.resumed = self.plan.dataset, self.plan.position
+        self.family, self.dataset, self.resumed = self.plan.family, self.plan.dataset, self.plan.position
 
     def run(self) -> None:
         self.setup()
@@ -67,18 +68,28 @@ class NetworkTrainer:
 
         options, runtime = self.options, self.runtime
         self.prompts = prompts.parse_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
-        extra = [text for prompt in self.prompts for text in (prompt.prompt, prompt.negative_prompt)]
+        encoders = strategies.Encoders(runtime.load_vae, runtime.load_image_encoders)
         self.latents = strategies.latent_source(
-            self.dataset, self.family, runtime.load_vae, options, runtime.rank, runtime.world
+            self.dataset, self.family, encoders, options, runtime.rank, runtime.world
         )
+        asked = [prompts.requests_of(prompt, self.family) for prompt in self.prompts]
+        extra = [strategies.Request(""), *(request for pair in asked for request in pair)]
         self.text = strategies.text_source(
-            self.dataset, self.family, runtime.load_text_encoders, options, [*extra, ""], runtime.rank, runtime.world
+            self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world
         )
         if runtime.is_main:
             self._report_truncations()
         runtime.wait()
-        self.sample_conds = {text: self.text.get(text) for text in {*extra, ""}} if self.prompts else {}
+        self.sample_conds = self._sample_conditions(encoders)
         runtime.release(keep_text=not self.text.cached, keep_vae=not self.latents.cached)
+
+    def _sample_conditions(self, encoders: Encoders) -> list[tuple]:
+        from library.sample import conditions_of
+
+        side = max(self.dataset.items[0].placement.bucket)
+        return [
+            conditions_of(prompt, self.family, self.text.get, encoders, side, self.device) for prompt in self.prompts
+        ]
 
     def _report_truncations(self) -> None:
         """Name the captions that are longer than the model reads, with the part that is cut."""
@@ -184,32 +195,36 @@ class NetworkTrainer:
     def step(self, batch: Batch) -> Tensor:
         """The loss of each item of a batch, [B] float32.
 
-        x_sigma = (1 - sigma) x0 + sigma noise; the denoiser predicts the velocity noise - x0.
+        For a flow model x_sigma = (1 - sigma) x0 + sigma noise; the denoiser predicts the velocity noise - x0.
         """
-        from library import flow, losses
+        from library import losses
 
-        options = self.options
+        options, objective = self.options, self.family.objective
         x0, conds, draws = self.conditions(batch)
-        sigma = self.runtime.sigma(draws, x0)
-        noisy = flow.noisy(x0, self.runtime.perturbed(draws), sigma)
+        sigma = self.runtime.sigma(draws.uniform, x0)
+        noisy = objective.noisy(x0, self.runtime.perturbed(draws), sigma)
         predicted = self.family.predict(self.denoiser, noisy, sigma, conds)
-        target = flow.velocity(x0, draws.noise)
-        guess, goal = flow.apply_prediction_type(predicted, target, noisy, sigma, options.model_prediction_type)
+        target = objective.target(x0, draws.noise, sigma, options)
+        guess, goal = objective.compare(predicted, target, noisy, sigma, options)
         error = losses.elementwise(guess, goal, options.loss_type, self.runtime.huber_c(sigma))
         error = losses.masked(error, batch.mask) if batch.mask is not None else error
-        loss = (
-            error.mean(dim=tuple(range(1, error.ndim))) * self.runtime.loss_weight(sigma) * batch.weights.to(x0.device)
-        )
+        weight = objective.weight(sigma, options) * batch.weights.to(x0.device)
+        loss = error.mean(dim=tuple(range(1, error.ndim))) * weight
         self.outputs.maybe_dump(batch, x0, draws.noise, sigma, noisy, predicted, target, loss, conds)
         return loss
 
     def conditions(self, batch: Batch) -> tuple[Tensor, list[dict[str, Tensor]], Any]:
-        """Latents [B,C,h,w] float32, the text of each item and the random draws, on the device."""
+        """Latents [B,C,h,w] float32, what conditions each item and the random draws, on the device."""
         from library.batches import draw
+        from library.strategies import Request, item_controls
 
         options, runtime = self.options, self.runtime
-        x0 = self.latents.finish(batch.pictures.to(self.device))
-        conds = [runtime.to_device(self.text.get(caption)) for caption in batch.captions]
+        x0, extras = self.latents.finish(batch.pictures.to(self.device), batch.extras)
+        asked = [
+            Request.of(self.family, caption, item_controls(item))
+            for caption, item in zip(batch.captions, batch.items, strict=True)
+        ]
+        conds = [runtime.to_device(self.text.get(one)) | extra for one, extra in zip(asked, extras, strict=True)]
         draws = draw(batch.keys, options.seed, tuple(x0.shape[1:]), perturb=bool(options.ip_noise_gamma))
         return x0, conds, runtime.draws_to_device(draws)
 

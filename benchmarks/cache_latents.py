@@ -44,6 +44,7 @@ def main() -> None:
     from library import options, strategies
     from library.data import images
     from library.data.dataset import item_rng, prepare
+    from library.strategies import Encoders
 
     with tempfile.TemporaryDirectory() as folder:
         argv = write_inputs(Path(folder), width=192, layers=1, size=arguments.size, pictures=arguments.pictures)
@@ -62,7 +63,7 @@ def main() -> None:
                 for part in pixels.split(BATCH):
                     family.encode_image(vae, part)
             middle = time.perf_counter()
-            strategies.latent_source(data, family, lambda: vae, chosen, say=lambda text: None)
+            strategies.latent_source(data, family, Encoders(lambda: vae, list), chosen, say=lambda text: None)
             times[0].append(middle - start)
             times[1].append(time.perf_counter() - middle)
         bare, ours = (statistics.median(values[1:]) for values in times)

@@ -23,6 +23,7 @@ from library.data.dataset import item_rng, item_seed
 
 if TYPE_CHECKING:
     from library.data.dataset import BatchPlan, Dataset, Item
+    from library.strategies import Loaded
 
 CAPTION, PICTURE, NOISE = 0, 1, 2  # independent random streams of one item in one step
 
@@ -41,7 +42,8 @@ class Draws:
 class Batch:
     items: list[Item]
     captions: list[str]
-    pictures: Any  # latents [B,C,h,w] float32 from the cache, or pixels [B,3,H,W] in [-1,1] where nothing is cached
+    pictures: Tensor  # latents [B,C,h,w] float32 from the cache, or pixels [B,3,H,W] in [-1,1] where nothing is cached
+    extras: list[Any]  # what else conditions each item: its Cond from the cache, or the ItemInput it is made of
     mask: Tensor | None  # [B,h,w] or [B,H,W] in [0,1]
     weights: Tensor  # [B] loss weight of each item (regularisation pictures)
     keys: list[tuple[int, int, int]]  # (optimizer step, item, repeat)
@@ -72,13 +74,13 @@ def draw(keys: list[tuple[int, int, int]], seed: int, shape: tuple[int, ...], pe
 class Loader:
     """Yields the optimizer steps of a run, from any step on, with `workers` threads preparing `ahead` steps.
 
-    `load_picture(item, rng)` returns (latents or pixels, mask or None) of one item.
+    `load_picture(item, rng)` returns a `strategies.Loaded` for one item.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        load_picture: Callable[[Item, random.Random], tuple[Tensor, Tensor | None]],
+        load_picture: Callable[[Item, random.Random], Loaded],
         *,
         seed: int,
         accumulation: int,
@@ -123,15 +125,15 @@ class Loader:
             yield number, epoch, group[self.rank :: self.world], 1.0 / len(group)
 
     def _load(self, plan: BatchPlan, number: int, epoch: int, share: float) -> Batch:
-        items, captions, pictures, masks, keys = [], [], [], [], []
+        items, captions, loaded, keys = [], [], [], []
         for index, repeat in plan.entries:
             item, key = self.dataset.items[index], (number, index, repeat)
             caption_rng, picture_rng = (item_rng(self.seed + stream, *key) for stream in (CAPTION, PICTURE))
             captions.append(make_caption(item.caption, item.subset, caption_rng, number, epoch, self.max_steps))
-            picture, mask = self.load_picture(item, picture_rng)
-            items.append(item), pictures.append(picture), masks.append(mask), keys.append(key)
+            items.append(item), loaded.append(self.load_picture(item, picture_rng)), keys.append(key)
         weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
-        return Batch(items, captions, torch.stack(pictures), _stack_masks(masks), weights, keys, share)
+        pictures, mask = torch.stack([one.tensor for one in loaded]), _stack_masks([one.mask for one in loaded])
+        return Batch(items, captions, pictures, [one.extra for one in loaded], mask, weights, keys, share)
 
 
 def _stack_masks(masks: list[Tensor | None]) -> Tensor | None:

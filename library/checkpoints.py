@@ -190,6 +190,21 @@ def find_part(part: Part, path: Path | str) -> tuple[Checkpoint, str]:
     raise ConfigError(f"{path} is not {part.title}: it is {describe(checkpoint)}")
 
 
+def path_of(part: Part, options: Any) -> str | None:
+    """Where a part is: its own option, else inside of --pretrained_model_name_or_path, else None.
+
+    An all-in-one file holds a part under one of its container prefixes, a diffusers folder in a sub-folder.
+    """
+    given, base = getattr(options, part.option), options.pretrained_model_name_or_path
+    if given or not base or not Path(base).exists():
+        return given
+    if Path(base).is_dir():
+        return base if part.diffusers_folder and (Path(base) / part.diffusers_folder).is_dir() else None
+    checkpoint = Checkpoint.open(base)
+    held = (checkpoint.with_prefix(prefix) for prefix in part.prefixes if prefix)
+    return base if any(part.recognise(one.shapes) for one in held) else None
+
+
 def describe(checkpoint: Checkpoint) -> str:
     from library.fingerprints import identify
 

@@ -142,7 +142,7 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, den
     """A part of one of our families: every key is compared with its table's names (without building the model)."""
     for name in FAMILIES:
         family = get_family(name)
-        for part in (family.denoiser,) if denoiser else (family.vae, *family.text_encoders):
+        for part in (family.denoiser,) if denoiser else family.parts[1:]:
             for prefix in part.prefixes:
                 chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
                 layout = part.recognise(chosen.shapes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
@@ -32,10 +32,12 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     parser = Parser(description=f"Make pictures with {family.title} and LoRAs of it.", allow_abbrev=False)
     add = parser.add_argument
     add("--dit", "--pretrained_model_name_or_path", dest=family.denoiser.option, required=True, help="denoiser file")
-    add("--vae", required=True, help="VAE file")
-    for part in family.text_encoders:
-        add(f"--{part.option}", required=True, help=f"{part.title}: file or folder")
-    add("--tokenizer", help="tokenizer folder or hub id; default: a folder 'tokenizer' beside the text encoder")
+    add("--vae", help="VAE file; default: inside of the denoiser's file")
+    for part in family.parts[2:]:
+        add(f"--{part.option}", help=f"{part.title}: file or folder; default: inside of the denoiser's file")
+        if part.tokenizer:
+            text = "tokenizer folder or hub id; default: a folder 'tokenizer' beside the text encoder"
+            add(f"--{part.tokenizer.option}", help=text)
     add("--lora_weight", nargs="*", default=[], help="LoRA files, in any format")
     add("--lora_multiplier", nargs="*", type=float, default=[], help="their strengths; 1 if not given")
     add("--prompt", help="text of the picture")
@@ -87,8 +89,8 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
     first = seed_of(Prompt("", seed=arguments.seed), 0, 0)
     seeds = [seed_of(prompt, number, first) for number, prompt in enumerate(prompts)]
     paths = paths_of(arguments, seeds)
-    _check_files(family, arguments, paths)
-    for note in notes(prompts, family.pixel_multiple):
+    family = _check_files(family, arguments, paths)
+    for note in notes(prompts, family):
         print(f"note: {note}", file=sys.stderr, flush=True)
     from library.pictures import save_png
 
@@ -97,13 +99,12 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
         print(f"saved {path}", flush=True)
 
 
-def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path]) -> None:
-    from library.checkpoints import check_part, check_writable
-    from library.preflight import check_tokenizers
+def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path]) -> Family:
+    """All files, from their headers; returns the family for them. Raises ConfigError."""
+    from library.checkpoints import check_writable
+    from library.preflight import check_parts
 
-    for part in (family.denoiser, family.vae, *family.text_encoders):
-        check_part(part, getattr(arguments, part.option), f"--{part.option}")
-    check_tokenizers(_options(family, arguments))
+    family, _ = check_parts(family, arguments)
     if len(arguments.lora_multiplier) > len(arguments.lora_weight):
         raise ConfigError(
             f"{len(arguments.lora_multiplier)} --lora_multiplier for {len(arguments.lora_weight)} --lora_weight"
@@ -112,10 +113,7 @@ def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path
         if not Path(path).is_file():
             raise ConfigError(f"--lora_weight {path}: no such file")
     check_writable(paths[0].parent, bytes_needed=1024**2)
-
-
-def _options(family: Family, arguments: argparse.Namespace) -> SimpleNamespace:
-    return SimpleNamespace(family=family, **vars(arguments))
+    return family
 
 
 def _device() -> str:
@@ -138,25 +136,40 @@ def _pictures(
     dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
 
     def load(part: Any, kind: torch.dtype) -> torch.nn.Module:
-        model = checkpoints.load_part(part, getattr(arguments, part.option), dtype=kind, device=device)
+        path = checkpoints.path_of(part, arguments)
+        model = checkpoints.load_part(part, path, dtype=kind, device=device)
         return model.requires_grad_(False).eval()
 
-    encoders = [load(part, dtype) for part in family.text_encoders]
-    tokenizers = family.tokenizers(_options(family, arguments))
-    texts = {text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)}
-    conds = {text: family.encode(encoders, tokenizers, text, device) for text in texts}
-    del encoders  # never resident together with the denoiser
+    conds = _conditions(family, arguments, prompts, lambda part: load(part, dtype), device)
     denoiser = load(family.denoiser, dtype)
     denoiser.binding.adapted = family.adapted
     _merge(denoiser, arguments)
     vae = load(family.vae, torch.float32)
-    for prompt, seed in zip(prompts, seeds, strict=True):
+    for prompt, pair, seed in zip(prompts, conds, seeds, strict=True):
         latents = sample.generate_latents(
-            family, denoiser, conds[prompt.prompt], conds[prompt.negative_prompt],
-            shape=sample.latent_shape(family, prompt, int(denoiser.config.in_channels), family.resolution),
+            family, denoiser, *pair,
+            shape=sample.latent_shape(family, prompt, family.channels_of(denoiser), family.resolution),
             seed=seed, steps=prompt.sample_steps, scale=prompt.scale, shift=prompt.flow_shift, device=device,
         )  # fmt: skip
         yield sample.decode(family, vae, latents)
+
+
+def _conditions(
+    family: Family, arguments: argparse.Namespace, prompts: list[Prompt], load: Callable, device: str
+) -> list[tuple[dict, dict]]:
+    """What conditions each picture; the encoders are gone when this returns, before the denoiser is loaded."""
+    from library.components.tokenizers import load_tokenizers
+    from library.sample import conditions_of
+    from library.strategies import Encoders
+
+    encoders, tokenizers = [load(part) for part in family.text_encoders], load_tokenizers(family, arguments)
+    vae = functools.cache(lambda: load(family.vae).float())
+    pictures = Encoders(vae, functools.cache(lambda: [load(part) for part in family.image_encoders]))
+
+    def encode(request: Any) -> dict:
+        return family.encode(encoders, tokenizers, request.text(family), device)
+
+    return [conditions_of(prompt, family, encode, pictures, family.resolution, device) for prompt in prompts]
 
 
 def _merge(denoiser: Any, arguments: argparse.Namespace) -> None:

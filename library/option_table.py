@@ -31,8 +31,6 @@ MODEL = _group(
     Opt("model_type", "str", None, "family of the model; the scripts named after a family know it"),
     Opt("pretrained_model_name_or_path", "path", None, "denoiser: a file, a diffusers folder or a hub id"),
     Opt("vae", "path", None, "VAE: a file or a diffusers folder"),
-    Opt("text_encoder", "path", None, "text encoder: a file or a folder"),
-    Opt("tokenizer", "path", None, "tokenizer: a folder or a hub id"),
 )
 
 DATASET = _group(
@@ -252,6 +250,19 @@ def frozen() -> str:
     return "".join(f"{o.name}\t{o.kind}\t{o.default!r}\n" for o in OPTIONS)
 
 
+def _family_lines() -> list[str]:
+    from library.families import FAMILIES, get_family
+    from library.options import options_of
+
+    lines = ["", "## Of one family", "", "| family | option | value | default | meaning |", "|---|---|---|---|---|"]
+    for name in FAMILIES:
+        for option in options_of(get_family(name)):
+            default = "" if option.default is None else f"`{option.default}`"
+            value = ", ".join(option.choices) or KINDS[option.kind]
+            lines.append(f"| {name} | `--{option.name}` | {value} | {default} | {option.help} |")
+    return lines
+
+
 def markdown() -> str:
     """docs/options.md."""
     from library.options_not_offered import NOT_OFFERED
@@ -265,6 +276,7 @@ def markdown() -> str:
         value = ", ".join(option.choices) or KINDS[option.kind]
         default = "" if option.default is None else f"`{option.default}`"
         lines.append(f"| `--{option.name}` | {value} | {default} | {option.help.replace('|', chr(92) + '|')} |")
+    lines += _family_lines()
     lines += ["", "## sd-scripts' options that are not offered", "", "| option | reason |", "|---|---|"]
     lines += [f"| `--{name}` | {reason} |" for name, reason in NOT_OFFERED.items()]
     return "\n".join(lines) + "\n"

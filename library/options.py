@@ -122,7 +122,7 @@ def parse(family_name: str | None, argv: list[str] | None = None, prog: str = ""
     path = _config_path(words)
     config = read_config(path) if path else {}
     family = _family(family_name, words, config)
-    table = {option.name: option for option in (*OPTIONS, *family.options)}
+    table = {option.name: option for option in (*OPTIONS, *options_of(family))}
     values = {name: option.default for name, option in table.items()}
     origins = dict.fromkeys(table, DEFAULT)
     for name, value in family.defaults.items():
@@ -137,6 +137,19 @@ def parse(family_name: str | None, argv: list[str] | None = None, prog: str = ""
         check_read(options)
         sys.exit(0)
     return options
+
+
+def options_of(family: Family) -> list[Option]:
+    """What a family adds to the table: the files of its parts, their tokenizers, and its own options."""
+    group, known = OPTIONS[0].group, {option.name for option in OPTIONS}
+    out = {}
+    for part in family.parts:
+        if part.option not in known:
+            out[part.option] = Option(part.option, "path", None, f"{part.title}: a file or a folder", group)
+        if part.tokenizer:
+            name = part.tokenizer.option
+            out[name] = Option(name, "path", None, f"tokenizer ({part.tokenizer.hub}): a folder or a hub id", group)
+    return [*(out | {option.name: option for option in family.options}).values()]
 
 
 def _split(argv: list[str]) -> dict[str, list[str]]:
@@ -316,7 +329,7 @@ def _print_help(family_name: str | None, prog: str) -> None:
         add_help=False,
     )
     groups: dict[str, Any] = {}
-    for option in {o.name: o for o in (*OPTIONS, *(family.options if family else ()))}.values():
+    for option in {o.name: o for o in (*OPTIONS, *(options_of(family) if family else ()))}.values():
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         default = family.defaults.get(option.name, option.default) if family else option.default

@@ -58,7 +58,7 @@ class Outputs:
     def _metadata(self) -> dict[str, str]:
         plan, options = self.trainer.plan, self.options
         run = {"total_steps": plan.total_steps, "epochs": plan.epochs, "steps_per_epoch": plan.steps_per_epoch}
-        return training_metadata(options, options.family, plan.dataset.metadata(), {}, run)
+        return training_metadata(options, self.trainer.family, plan.dataset.metadata(), {}, run)
 
     # ---------------------------------------------------------------- in the loop
 
@@ -205,7 +205,7 @@ class Outputs:
         first = t.dataset.items[0].placement.bucket
         return Samples(
             t.prompts,
-            self.options.family,
+            self.trainer.family,
             self.options,
             t.sample_conds,
             self.folder,
@@ -245,7 +245,7 @@ class Outputs:
         if self.options.dump_batch_at_step == self.trainer.position.step + 1 and not self.dumped and self._main:
             self.dumped = True
             path = self.folder / f"{self.name}-batch-step{self.options.dump_batch_at_step}.safetensors"
-            dump_batch(path, self.options.family, batch, *tensors)
+            dump_batch(path, self.trainer.family, batch, *tensors)
             self.say(f"dumped the batch of step {self.options.dump_batch_at_step} to {path.name}")
 
     # ---------------------------------------------------------------- at the end
@@ -274,7 +274,7 @@ class Outputs:
         path = report.write(
             self.folder,
             self.name,
-            title=f"{self.name}: {self.options.family.title}",
+            title=f"{self.name}: {self.trainer.family.title}",
             facts=facts,
             plan=plan.text,
             options=self.options.report(),

@@ -9,20 +9,23 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library import state, trackers
-from library.checkpoints import check_part, check_writable
+from library.checkpoints import check_part, check_writable, path_of
+from library.components.tokenizers import check_tokenizers
 from library.data.dataset import Dataset, prepare
 from library.errors import ConfigError
 from library.options import check_read
 
 if TYPE_CHECKING:
+    from library.families.family import Family
     from library.options import Options
 
 
 @dataclass
 class Plan:
+    family: Family  # resolved for these files and options
     dataset: Dataset
     output_dir: Path
     steps_per_epoch: int
@@ -42,17 +45,12 @@ class Plan:
 
 def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     """All checks, in the order of their cost; prints the plan. Raises a UserError with the first thing wrong."""
-    family = options.family
     check_read(options)
     trackers.check(options)
     if not options.output_dir:
         raise ConfigError("--output_dir is missing: say where the results are to be written")
     output_dir = Path(options.output_dir)
-    parts = {
-        part.name: check_part(part, getattr(options, part.option), f"--{part.option}")
-        for part in (family.denoiser, family.vae, *family.text_encoders)
-    }
-    check_tokenizers(options)
+    family, parts = check_parts(options.family, options)
     _check_network(options)
     _check_prompts(options)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))
@@ -60,7 +58,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     group = options.gradient_accumulation_steps * _world()
     steps_per_epoch = -(-len(dataset.batches(0)) // group)
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
-    plan = Plan(dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
+    plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
     plan.base_weights = _base_weights(options)
     if options.resume:
         _resume(options, plan)
@@ -69,11 +67,13 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     return plan
 
 
-def check_tokenizers(options: Options) -> None:
-    """A local tokenizer has to exist; only a hub id, owner/name, may be elsewhere."""
-    for value in options.family.tokenizer_paths(options):
-        if not Path(value).exists() and (value.count("/") != 1 or value.startswith((".", "/", "~"))):
-            raise ConfigError(f"--tokenizer {value}: no such folder (and not a hub id of the form owner/name)")
+def check_parts(family: Family, options: Any) -> tuple[Family, dict[str, str]]:
+    """The family for these files and options, and a line about the file of every part; from headers alone."""
+    denoiser = check_part(family.denoiser, path_of(family.denoiser, options), f"--{family.denoiser.option}")
+    family = family.resolved(options)  # which parts there are can depend on the denoiser
+    lines = {part.name: check_part(part, path_of(part, options), f"--{part.option}") for part in family.parts[1:]}
+    check_tokenizers(family, options)
+    return family, {family.denoiser.name: denoiser} | lines
 
 
 def _world() -> int:
@@ -145,7 +145,7 @@ def _resume(options: Options, plan: Plan) -> None:
 def table(options: Options, plan: Plan) -> str:
     """The plan as text: what is trained, on what, for how long, written where."""
     what = f"LoRA ({options.network_module}, rank {options.network_dim}, alpha {options.network_alpha})"
-    lines = [f"{options.family.title}: {what if options.network_module else 'full fine-tune of the denoiser'}"]
+    lines = [f"{plan.family.title}: {what if options.network_module else 'full fine-tune of the denoiser'}"]
     lines += [f"  {name:<13} {line}" for name, line in plan.parts.items()]
     lines.append(plan.dataset.print_table())
     lines.append(

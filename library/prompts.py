@@ -29,13 +29,14 @@ class Prompt:
     scale: float = 1.0  # classifier-free guidance; 1 = off
     guidance_scale: float | None = None  # embedded guidance, for families that have it
     flow_shift: float | None = None  # None: --discrete_flow_shift
+    controls: tuple[str, ...] = ()  # files of control pictures
 
 
 BLANK = Prompt("")
 
 FLAGS = {
     "w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "g": "guidance_scale",
-    "n": "negative_prompt", "fs": "flow_shift",
+    "n": "negative_prompt", "fs": "flow_shift", "ci": "controls",
 }  # fmt: skip
 ELSEWHERE = {
     "ss": "samplers other than Euler on flow sigmas are not offered",
@@ -103,7 +104,10 @@ def parse_line(line: str, where: str, defaults: Prompt = BLANK) -> Prompt:
             raise ConfigError(
                 f"{where}: --{word} is not an option of a prompt (known: {', '.join('--' + f for f in FLAGS)})"
             )
-        values[FLAGS[flag]] = value.strip()
+        if FLAGS[flag] == "controls":  # may be given several times
+            values.setdefault("controls", []).append(value.strip())
+        else:
+            values[FLAGS[flag]] = value.strip()
     return _entry(values, where, defaults)
 
 
@@ -119,7 +123,8 @@ def _entry(entry: Any, where: str, defaults: Prompt) -> Prompt:
             continue
         if name not in names:
             raise ConfigError(f"{where}: '{name}' is not known{nearest(name, names)}")
-        values[name] = _text(name, value, where) if name in TEXTS else _number(name, value, where)
+        read = _files if name == "controls" else _text if name in TEXTS else _number
+        values[name] = read(name, value, where)
     if "prompt" not in values:
         raise ConfigError(f"{where}: there is no prompt in it")
     return check(replace(defaults, **values), where)
@@ -129,6 +134,16 @@ def _text(name: str, value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: {name} {value!r} is not a text")
     return value
+
+
+def _files(name: str, value: Any, where: str) -> tuple[str, ...]:
+    paths = (value,) if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
+        raise ConfigError(f"{where}: {name} {value!r} is not a file name or a list of such")
+    for path in paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"{where}: control picture {path}: no such file")
+    return tuple(paths)
 
 
 def _number(name: str, value: Any, where: str) -> int | float:
@@ -155,6 +170,15 @@ def check(prompt: Prompt, where: str) -> Prompt:
     return prompt
 
 
+def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
+    """What the text encoders are asked for: the prompt and its negative prompt."""
+    from library.strategies import Request
+
+    texts = (prompt.prompt, prompt.negative_prompt)
+    cond, uncond = (Request.of(family, text, prompt.controls) for text in texts)
+    return cond, uncond
+
+
 def seed_of(prompt: Prompt, number: int, run_seed: int) -> int:
     """The seed of the `number`-th prompt; one drawn now if it asks for a new one."""
     if prompt.seed is None:
@@ -167,9 +191,10 @@ def fitted(side: int, multiple: int) -> int:
     return max(multiple, side // multiple * multiple)
 
 
-def notes(prompts: list[Prompt], multiple: int) -> list[str]:
+def notes(prompts: list[Prompt], family: Any) -> list[str]:
     """What prompts ask for and do not get, one sentence each."""
-    said = []
+    said, multiple, title = [], family.pixel_multiple, family.title
+    has_guidance = any(option.name == "guidance_scale" for option in family.options)
     for number, prompt in enumerate(prompts, 1):
         sides = [side for side in (prompt.width, prompt.height) if side and side != fitted(side, multiple)]
         if sides:
@@ -178,6 +203,6 @@ def notes(prompts: list[Prompt], multiple: int) -> list[str]:
             )
         if prompt.negative_prompt and prompt.scale == 1:
             said.append(f"prompt {number}: a negative prompt has no effect without guidance (--l, not 1)")
-        if prompt.guidance_scale is not None:
-            said.append(f"prompt {number}: --g is embedded guidance, which no model here has; guidance is --l")
+        if prompt.guidance_scale is not None and not has_guidance:
+            said.append(f"prompt {number}: --g is embedded guidance, which {title} has not; guidance is --l")
     return said

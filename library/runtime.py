@@ -15,17 +15,24 @@ from torch import Tensor
 
 from library import checkpoints, flow, losses, trackers
 from library.checkpointing import checkpoint_blocks
+from library.components.tokenizers import load_tokenizers
 from library.data.dataset import item_seed
 from library.errors import ConfigError
 
 if TYPE_CHECKING:
     from library.batches import Draws
-    from library.families.family import Cond, Family
+    from library.families.family import Cond, Family, Part
     from library.options import Options
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT = 3  # random stream of a micro-step, beside those of library.batches
+
+
+def image_tokens(family: Family, shape: tuple[int, ...]) -> int:
+    """Of the denoiser for latents [..,h,w], one frame: patches of pixel_multiple / latent_downscale."""
+    patch = max(1, family.pixel_multiple // family.latent_downscale)
+    return (shape[-2] // patch) * (shape[-1] // patch)
 
 
 class Runtime:
@@ -56,7 +63,7 @@ class Runtime:
             raise ConfigError("--mixed_precision fp16 is not reliable on this device (mps); use bf16 or no")
         torch.manual_seed(options.seed)  # the network's first weights are drawn from it
         self.dtype = DTYPES[options.mixed_precision]
-        self._vae = self._text = None
+        self._vae = self._text = self._image = None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -78,33 +85,40 @@ class Runtime:
     def load_vae(self) -> torch.nn.Module:
         """The VAE, float32 (half-precision VAEs overflow in several families), frozen, on the device."""
         if self._vae is None:
-            path = getattr(self.options, self.family.vae.option)
-            self._vae = checkpoints.load_part(self.family.vae, path, dtype=torch.float32, device=self.device)
-            self._vae.requires_grad_(False).eval()
+            self._vae = self._load(self.family.vae, torch.float32)
         return self._vae
+
+    def _load(self, part: Part, dtype: torch.dtype) -> torch.nn.Module:
+        path = checkpoints.path_of(part, self.options)
+        return checkpoints.load_part(part, path, dtype=dtype, device=self.device).requires_grad_(False).eval()
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def load_image_encoders(self) -> list[torch.nn.Module]:
+        """In the family's order, frozen, on the device."""
+        if self._image is None:
+            self._image = [self._load(part, self.encoder_dtype) for part in self.family.image_encoders]
+        return self._image
 
     def load_text_encoders(self) -> tuple[list[torch.nn.Module], list[Any]]:
         """(text encoders, tokenizers) in the family's order, frozen, on the device."""
         if self._text is None:
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            models = []
-            for part in self.family.text_encoders:
-                path = getattr(self.options, part.option)
-                model = checkpoints.load_part(part, path, dtype=dtype, device=self.device)
-                models.append(model.requires_grad_(False).eval())
+            models = [self._load(part, self.encoder_dtype) for part in self.family.text_encoders]
             self._text = (models, self.tokenizers)
         return self._text
 
     @functools.cached_property
     def tokenizers(self) -> list[Any]:
-        return self.family.tokenizers(self.options)
+        return load_tokenizers(self.family, self.options)
 
     def release(self, *, keep_text: bool, keep_vae: bool) -> None:
         """Drop the encoders that the loop does not need, before the denoiser is loaded."""
         if not keep_text:
             self._text = None
         if not keep_vae:
-            self._vae = None
+            self._vae = self._image = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -113,7 +127,8 @@ class Runtime:
         full = not options.network_module and not (options.full_bf16 or options.full_fp16)
         part = self.family.denoiser
         dtype = torch.float32 if full else self.dtype
-        model = checkpoints.load_part(part, getattr(options, part.option), dtype=dtype, device=self.device)
+        path = checkpoints.path_of(part, options)
+        model = checkpoints.load_part(part, path, dtype=dtype, device=self.device)
         model.binding.adapted = self.family.adapted
         return model
 
@@ -178,31 +193,14 @@ class Runtime:
         return draws
 
     def latent_channels(self, denoiser: torch.nn.Module) -> int:
-        """Of this model: the file decides, the family's published number stands in where the class does not say."""
-        return int(denoiser.config.get("in_channels") or self.family.latent_channels)
+        return self.family.channels_of(denoiser)
 
     def tokens(self, latents: Tensor) -> int:
-        """Image tokens of the denoiser for latents [..,h,w]: patches of pixel_multiple / latent_downscale."""
-        patch = max(1, self.family.pixel_multiple // self.family.latent_downscale)
-        return (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
+        return image_tokens(self.family, latents.shape)
 
-    def sigma(self, draws: Draws, latents: Tensor) -> Tensor:
+    def sigma(self, uniform: Tensor, latents: Tensor) -> Tensor:
         """[B] float32, by the run's sampling options."""
-        return flow.sigma_from(draws.uniform, tokens=self.tokens(latents), **self.sigma_options())
-
-    def sigma_options(self) -> dict[str, Any]:
-        o = self.options
-        return {
-            "sampling": o.timestep_sampling,
-            "sigmoid_scale": o.sigmoid_scale,
-            "shift": o.discrete_flow_shift,
-            "weighting_scheme": o.weighting_scheme,
-            "logit_mean": o.logit_mean,
-            "logit_std": o.logit_std,
-            "mode_scale": o.mode_scale,
-            "min_sigma": (o.min_timestep or 0) / 1000,
-            "max_sigma": (1000 if o.max_timestep is None else o.max_timestep) / 1000,
-        }
+        return self.family.objective.sigma(uniform, self.tokens(latents), self.options)
 
     def perturbed(self, draws: Draws) -> Tensor:
         """The noise that is mixed in: with --ip_noise_gamma perturbed, while the target keeps the clean noise."""
@@ -218,9 +216,6 @@ class Runtime:
         if o.loss_type not in ("huber", "smooth_l1"):
             return None
         return losses.huber_c(sigma, o.huber_schedule, o.huber_c, o.huber_scale)
-
-    def loss_weight(self, sigma: Tensor) -> Tensor:
-        return flow.loss_weight(sigma, self.options.weighting_scheme)
 
     def reduce_gradients(self, parameters: list[Tensor]) -> None:
         """Sum gradients over the processes in one flat all-reduce; each batch's loss already carries its share."""

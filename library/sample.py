@@ -13,14 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library import flow
+from library.data import images
+from library.families.family import ItemInput
 from library.pictures import grid, save_png
-from library.prompts import fitted, notes, seed_of
+from library.prompts import fitted, notes, requests_of, seed_of
+from library.runtime import image_tokens
+from library.strategies import to_tensor
 
 if TYPE_CHECKING:
     from library.families.family import Cond, Family
     from library.options import Options
     from library.prompts import Prompt
+    from library.strategies import Encoders, Request
+
+
+Guide = Callable[[Tensor, Tensor, float, int], Tensor]
+
+
+def guided(cond: Tensor, uncond: Tensor, scale: float, step: int) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022): uncond + scale (cond - uncond)."""
+    return uncond + scale * (cond - uncond)
 
 
 @torch.no_grad()
@@ -36,20 +48,22 @@ def generate_latents(
     scale: float,
     shift: float,
     device: Any,
+    guide: Guide = guided,
 ) -> Tensor:
-    """Latents [1,C,h,w] float32 by Euler steps of the probability-flow ODE, dx/dsigma = velocity.
+    """Latents [1,C,h,w] float32 by the steps of the family's objective (a flow: Euler on dx/dsigma = velocity).
 
-    The noise comes from a CPU generator, so a seed gives the same start on every device. Guidance
-    v = v_uncond + scale (v_cond - v_uncond) runs only for scale != 1.
+    The noise comes from a CPU generator, so a seed gives the same start on every device. `guide` joins the two
+    predictions; it and the unconditional one run only for scale != 1.
     """
+    objective = family.objective
     x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)).to(device)
-    sigmas = flow.shifted_sigmas(steps, shift).to(device)
+    sigmas = objective.times(steps, shift, image_tokens(family, shape)).to(device)
     conds = [{k: v.to(device) for k, v in c.items()} for c in ([cond, uncond] if scale != 1 else [cond])]
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
-        velocity = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), conds)
+    for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        predicted = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), conds)
         if scale != 1:
-            velocity = velocity[1:] + scale * (velocity[:1] - velocity[1:])
-        x = x + (then - now) * velocity
+            predicted = guide(predicted[:1], predicted[1:], scale, step)
+        x = objective.step(x, predicted, now, then)
     return x
 
 
@@ -66,6 +80,25 @@ def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int)
     return channels, height // family.latent_downscale, width // family.latent_downscale
 
 
+def item_of(prompt: Prompt, family: Family, resolution: int) -> ItemInput:
+    """The facts of the picture that a prompt asks for: its size, uncropped, and its control pictures."""
+    width, height = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.width, prompt.height))
+    controls = tuple(to_tensor(images.decode(path)[0]) for path in prompt.controls)
+    return ItemInput(None, controls, original_size=(width, height), size=(width, height))
+
+
+@torch.no_grad()
+def conditions_of(
+    prompt: Prompt, family: Family, encode: Callable[[Request], Cond], encoders: Encoders, resolution: int, device: Any
+) -> tuple[Cond, Cond]:
+    """What conditions the picture of a prompt, with it and with its negative prompt."""
+    extra = encoders.item(family, item_of(prompt, family, resolution), device)
+    if prompt.guidance_scale is not None:
+        extra["guidance"] = torch.tensor(float(prompt.guidance_scale))
+    cond, uncond = (encode(request) | extra for request in requests_of(prompt, family))
+    return cond, uncond
+
+
 MOST_COLUMNS = 12  # of a grid: pictures are kept in memory, and a page has a width
 
 
@@ -77,7 +110,7 @@ class Samples:
         prompts: list[Prompt],
         family: Family,
         options: Options,
-        conds: dict[str, Cond],
+        conds: list[tuple[Cond, Cond]],
         folder: Path,
         name: str,
         load_vae: Callable[[], torch.nn.Module],
@@ -99,7 +132,7 @@ class Samples:
         self.latents: dict[str, list[Tensor]] = {}  # of the first and of the latest column
         self.seeds = [seed_of(prompt, number, options.seed) for number, prompt in enumerate(prompts)]
         self.grid_path = folder / f"{name}-grid.png"
-        for note in notes(prompts, family.pixel_multiple):
+        for note in notes(prompts, family):
             print(f"note: {note}", file=sys.stderr, flush=True)
 
     def base(self, denoiser: torch.nn.Module, network: torch.nn.Module | None) -> None:
@@ -131,7 +164,7 @@ class Samples:
         try:
             vae = self.load_vae()
             for number, prompt in enumerate(self.prompts):
-                latents.append(self._latents(denoiser, prompt, self.seeds[number]))
+                latents.append(self._latents(denoiser, prompt, number))
                 pictures.append(decode(self.family, vae, latents[-1]))
                 if tag is not None:
                     path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
@@ -151,16 +184,15 @@ class Samples:
         first = next(iter(self.latents), label)
         self.latents = {first: self.latents.get(first, latents), label: latents}
 
-    def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, seed: int) -> Tensor:
+    def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, number: int) -> Tensor:
         shift = prompt.flow_shift if prompt.flow_shift is not None else self.options.discrete_flow_shift
         with self.autocast():
             return generate_latents(
                 self.family,
                 denoiser,
-                self.conds[prompt.prompt],
-                self.conds[prompt.negative_prompt],
+                *self.conds[number],
                 shape=latent_shape(self.family, prompt, self.channels, self.resolution),
-                seed=seed,
+                seed=self.seeds[number],
                 steps=prompt.sample_steps,
                 scale=prompt.scale,
                 shift=shift,

@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.checkpoints import path_of
+from library.components.tokenizers import tokenizer_paths
 from library.data import images
 from library.data.cache import ContentHashes, Store
 from library.data.captions import is_changing, variants
 from library.data.dataset import item_rng
 from library.errors import ConfigError, DatasetError
+from library.families.family import ItemInput, Text
 
 if TYPE_CHECKING:
     from library.data.dataset import Dataset, Item
@@ -47,23 +51,68 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------- latents
 
 
+@dataclass
+class Loaded:
+    """One item, ready for a batch."""
+
+    tensor: Tensor  # latents [C,h,w] float32, or pixels [3,H,W] in -1..1
+    mask: Tensor | None  # [h,w] or [H,W] in 0..1
+    extra: Any  # its Cond from the cache, or the ItemInput that its Cond is made of
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns pictures into conditioning, loaded when it is first asked for."""
+
+    vae: Callable[[], torch.nn.Module]
+    images: Callable[[], list[torch.nn.Module]]
+
+    def item(self, family: Family, given: ItemInput, device: Any) -> Cond:
+        """What conditions an item besides its text; nothing for most families."""
+        if family.encode_item is None:
+            return {}
+        pixels = None if given.pixels is None else given.pixels.to(device)
+        given = replace(given, pixels=pixels, controls=tuple(one.to(device) for one in given.controls))
+        return family.encode_item(self.vae(), self.images(), given)
+
+
+def load_item(item: Item, rng: random.Random, flip: bool | None = None) -> tuple[ItemInput, Tensor | None]:
+    """The pixels and facts of an item, and its mask [H,W]."""
+    loaded, placement = images.load(item, rng, flip), item.placement
+    given = ItemInput(
+        pixels=to_tensor(loaded.pixels),
+        original_size=item.size,
+        crop=(placement.left, placement.top),
+        size=placement.bucket,
+    )
+    return given, None if loaded.mask is None else torch.from_numpy(loaded.mask)
+
+
+def stored(cond: Cond) -> Cond:
+    """As the caches hold it: float16, but single numbers (sizes, guidance) exactly."""
+    halve = {name: value.ndim > 1 and value.dtype == torch.float32 for name, value in cond.items()}
+    return {n: v.to("cpu", STORED if halve[n] else v.dtype).clone().contiguous() for n, v in cond.items()}
+
+
 class LiveLatents:
     """Pictures are loaded for the step and encoded in it."""
 
     cached = False
 
-    def __init__(self, family: Family, load_vae: Callable[[], torch.nn.Module], batch: int) -> None:
-        self.family, self.load_vae, self.batch = family, load_vae, max(1, batch)
+    def __init__(self, family: Family, encoders: Encoders, batch: int) -> None:
+        self.family, self.encoders, self.batch = family, encoders, max(1, batch)
 
-    def picture(self, item: Item, rng: random.Random) -> tuple[Tensor, Tensor | None]:
-        loaded = images.load(item, rng)
-        return to_tensor(loaded.pixels), None if loaded.mask is None else torch.from_numpy(loaded.mask)
+    def picture(self, item: Item, rng: random.Random) -> Loaded:
+        given, mask = load_item(item, rng)
+        return Loaded(given.pixels, mask, given)
 
-    def finish(self, pixels: Tensor) -> Tensor:
-        """[B,3,H,W] -> latents [B,C,h,w] float32, `--vae_batch_size` at a time."""
-        vae = self.load_vae()
+    def finish(self, pixels: Tensor, extras: list[ItemInput]) -> tuple[Tensor, list[Cond]]:
+        """[B,3,H,W] -> latents [B,C,h,w] float32, `--vae_batch_size` at a time, and what else conditions each item."""
+        vae = self.encoders.vae()
         with torch.no_grad():
-            return torch.cat([self.family.encode_image(vae, part) for part in pixels.split(self.batch)])
+            latents = torch.cat([self.family.encode_image(vae, part) for part in pixels.split(self.batch)])
+            conds = [self.encoders.item(self.family, given, pixels.device) for given in extras]
+        return latents, conds
 
 
 class CachedLatents:
@@ -76,32 +125,37 @@ class CachedLatents:
 
     def get(self, index: int, flipped: bool = False) -> Tensor:
         """[C,h,w] float32."""
+        return self.entry(index, flipped)["latents"].float()
+
+    def entry(self, index: int, flipped: bool = False) -> Cond:
+        """The latents as they are stored, and beside them what else conditions the item."""
         key = (index, flipped)
         if self.store is None:
-            return self.memory[key].float()
+            return self.memory[key]
         found = self.store.get(self.identities[key])
         if found is None:
             raise DatasetError(
                 f"a cached latent vanished or was damaged during the run ({self.store.path(self.identities[key])}); "
                 "start again, it will be made anew"
             )
-        return found["latents"].float()
+        return found
 
-    def picture(self, item: Item, rng: random.Random) -> tuple[Tensor, Tensor | None]:
+    def picture(self, item: Item, rng: random.Random) -> Loaded:
         flipped = item.subset.flip_aug and rng.random() < 0.5
         mask = None
         if item.mask_path is not None or item.subset.alpha_mask:  # masks are small: read anew instead of cached
             mask = torch.from_numpy(images.load(item, rng, flip=flipped).mask)
-        return self.get(item.index, flipped), mask
+        cond = dict(self.entry(item.index, flipped))
+        return Loaded(cond.pop("latents").float(), mask, cond)
 
-    def finish(self, latents: Tensor) -> Tensor:
-        return latents
+    def finish(self, latents: Tensor, extras: list[Cond]) -> tuple[Tensor, list[Cond]]:
+        return latents, [{name: value.to(latents.device) for name, value in cond.items()} for cond in extras]
 
 
 def latent_source(
     dataset: Dataset,
     family: Family,
-    load_vae: Callable[[], torch.nn.Module],
+    encoders: Encoders,
     options: Any,
     rank: int = 0,
     world: int = 1,
@@ -109,40 +163,47 @@ def latent_source(
 ) -> LiveLatents | CachedLatents:
     """What the options ask for; this process's share of the caching happens here. Loads the VAE only if needed."""
     if not options.cache_latents:
-        return LiveLatents(family, load_vae, options.vae_batch_size)
+        return LiveLatents(family, encoders, options.vae_batch_size)
     folder = cache_folder(options, dataset)
-    hashes = ContentHashes(folder if options.cache_latents_to_disk else None)
-    vae = hashes.of_tree(Path(getattr(options, family.vae.option)))
     jobs = [
         (item, flip)
         for item in (*dataset.items, *dataset.validation)
         for flip in ((False, True) if item.subset.flip_aug else (False,))
     ]
-    with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(lambda job: hashes.of(job[0].path), jobs))
-    identities = {
-        (
-            item.index,
-            flip,
-        ): f"latents {RECIPE} {family.name} vae {vae} picture {content} flip {flip} {images.preprocessing_key(item)}"
-        for (item, flip), content in zip(jobs, contents, strict=True)
-    }
-    hashes.write()
+    identities = _latent_identities(jobs, family, options, folder if options.cache_latents_to_disk else None)
     store, share = Store(folder / "latents") if options.cache_latents_to_disk else None, jobs
     source = CachedLatents(identities, store)
     if store is not None:  # in memory every process encodes what it needs itself
         share = jobs[rank::world]  # before looking: what others write meanwhile must not shift the shares
         jobs = [job for job in share if store.get(identities[job[0].index, job[1]]) is None]
     if jobs:
-        encode_latents(jobs, source, family, load_vae(), max(1, options.vae_batch_size))
+        encode_latents(jobs, source, family, encoders, max(1, options.vae_batch_size))
     if store is not None and rank == 0:
         note = f", {store.damaged} damaged files made anew" if store.damaged else ""
         say(f"latents: {len(share) - len(jobs)} of {len(share)} were cached{note}")
     return source
 
 
+def _latent_identities(
+    jobs: list[tuple[Item, bool]], family: Family, options: Any, folder: Path | None
+) -> dict[tuple[int, bool], str]:
+    """Everything that decides what is cached for an item: encoders, file contents, preprocessing."""
+    hashes = ContentHashes(folder)
+    parts = (family.vae, *family.image_encoders)
+    made_by = " ".join(hashes.of_tree(Path(path_of(part, options))) for part in parts)
+    recipe = f" {family.recipe}" if family.recipe else ""
+    with ThreadPoolExecutor() as pool:
+        contents = list(pool.map(lambda job: hashes.of(job[0].path), jobs))
+    hashes.write()
+    return {
+        (item.index, flip): f"latents {RECIPE} {family.name}{recipe} vae {made_by} picture {content} flip {flip} "
+        f"{images.preprocessing_key(item)}"
+        for (item, flip), content in zip(jobs, contents, strict=True)
+    }
+
+
 def encode_latents(
-    jobs: list[tuple[Item, bool]], source: CachedLatents, family: Family, vae: torch.nn.Module, size: int
+    jobs: list[tuple[Item, bool]], source: CachedLatents, family: Family, encoders: Encoders, size: int
 ) -> None:
     """Encode pictures in batches of one bucket; threads decode the next pictures and write the last ones meanwhile."""
     order = sorted(jobs, key=lambda job: job[0].placement.bucket)
@@ -152,7 +213,6 @@ def encode_latents(
             batches[-1].append(job)
         else:
             batches.append([job])
-    device = next(vae.parameters()).device
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(1) as writer:
         waiting: deque[tuple[list, list[Future]]] = deque()
         written: deque[Future] = deque()
@@ -161,15 +221,15 @@ def encode_latents(
             waiting.append((batch, [readers.submit(_pixels, item, flip) for item, flip in batch]))
             if len(waiting) < 3 and len(batches) > len(waiting):  # two batches ahead, no more: memory stays bounded
                 continue
-            _encode_one(*waiting.popleft(), source, family, vae, device, writer, written)
+            _encode_one(*waiting.popleft(), source, family, encoders, writer, written)
         while waiting:
-            _encode_one(*waiting.popleft(), source, family, vae, device, writer, written)
+            _encode_one(*waiting.popleft(), source, family, encoders, writer, written)
         while written:
             written.popleft().result()
 
 
-def _pixels(item: Item, flip: bool) -> Tensor:
-    return to_tensor(images.load(item, item_rng(0, 0, 0, 0), flip=flip).pixels)
+def _pixels(item: Item, flip: bool) -> ItemInput:
+    return load_item(item, item_rng(0, 0, 0, 0), flip=flip)[0]
 
 
 def _encode_one(
@@ -177,30 +237,48 @@ def _encode_one(
     futures: list[Future],
     source: CachedLatents,
     family: Family,
-    vae: Any,
-    device: Any,
+    encoders: Encoders,
     writer: ThreadPoolExecutor,
     written: deque[Future],
 ) -> None:
-    pixels = torch.stack([future.result() for future in futures]).to(device)
+    given, vae = [future.result() for future in futures], encoders.vae()
+    device = next(vae.parameters()).device
+    pixels = torch.stack([one.pixels for one in given]).to(device)
     with torch.no_grad():
         latents = family.encode_image(vae, pixels).to("cpu", STORED).contiguous()
-    for (item, flip), value in zip(batch, latents, strict=True):
+        conds = [encoders.item(family, one, device) for one in given]
+    for (item, flip), value, cond in zip(batch, latents, conds, strict=True):
         if not torch.isfinite(value).all():
             raise DatasetError(
                 f"{item.path}: the VAE gives latents that are not finite numbers; is the picture or the VAE damaged?"
             )
+        entry = {"latents": value.clone(), **stored(cond)}
         if source.store is None:
-            source.memory[item.index, flip] = value.clone()
+            source.memory[item.index, flip] = entry
         else:
-            written.append(
-                writer.submit(source.store.put, source.identities[item.index, flip], {"latents": value.clone()})
-            )
+            written.append(writer.submit(source.store.put, source.identities[item.index, flip], entry))
     while len(written) > 64:
         written.popleft().result()
 
 
 # ---------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the text encoders are asked for: a caption, and the files of the pictures that they see with it."""
+
+    caption: str
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, family: Family, caption: str, controls: Iterable[Any] = ()) -> Request:
+        return cls(caption, tuple(map(str, controls)) if family.text_pictures else ())
+
+    def text(self, family: Family) -> Text:
+        if not self.files:
+            return Text(self.caption)
+        return Text(self.caption, family.text_pictures(tuple(to_tensor(images.decode(f)[0]) for f in self.files)))
 
 
 class LiveText:
@@ -211,9 +289,11 @@ class LiveText:
     def __init__(self, family: Family, load_encoders: Callable[[], tuple[list, list]]) -> None:
         self.family, self.load_encoders = family, load_encoders
 
-    def get(self, caption: str) -> Cond:
+    def get(self, request: Request) -> Cond:
         encoders, tokenizers = self.load_encoders()
-        return self.family.encode(encoders, tokenizers, caption, next(encoders[0].parameters()).device)
+        device = next(encoders[0].parameters()).device
+        with torch.no_grad():
+            return self.family.encode(encoders, tokenizers, request.text(self.family), device)
 
 
 class CachedText:
@@ -222,10 +302,10 @@ class CachedText:
     cached = True
 
     def __init__(self) -> None:
-        self.memory: dict[str, Cond] = {}
+        self.memory: dict[Request, Cond] = {}
 
-    def get(self, caption: str) -> Cond:
-        return self.memory[caption]
+    def get(self, request: Request) -> Cond:
+        return self.memory[request]
 
 
 def plain_caption(item: Item) -> str:
@@ -238,7 +318,7 @@ def text_source(
     family: Family,
     load_encoders: Callable[[], tuple[list, list]],
     options: Any,
-    extra: Iterable[str] = (),
+    extra: Iterable[Request] = (),
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = print,
@@ -246,60 +326,70 @@ def text_source(
     """What the options ask for. Captions that change at random cannot be cached and are refused by name."""
     if not options.cache_text_encoder_outputs:
         return LiveText(family, load_encoders)
-    captions = dict.fromkeys(extra)
+    requests = dict.fromkeys(extra)
     for item in (*dataset.items, *dataset.validation):
         if changing := is_changing(item.subset):
             raise ConfigError(
                 f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture "
                 "a new caption in every step; switch them off or do not cache text outputs"
             )
-        captions.update(dict.fromkeys(variants(item.caption, item.subset)))
+        captions = variants(item.caption, item.subset)
+        requests.update(dict.fromkeys(Request.of(family, caption, item_controls(item)) for caption in captions))
     source = CachedText()
-    store, identity = None, None
+    store, identities = None, {}
     if options.cache_text_encoder_outputs_to_disk:
         folder = cache_folder(options, dataset)
-        store, identity = Store(folder / "text"), _text_identity(family, options, folder)
-        for caption in captions:
-            found = store.get(f"{identity} caption {caption}")
+        store, identities = Store(folder / "text"), _text_identities(requests, family, options, folder)
+        for request in requests:
+            found = store.get(identities[request])
             if found is not None:
-                source.memory[caption] = found
-    missing = [caption for caption in captions if caption not in source.memory]
+                source.memory[request] = found
+    missing = [request for request in requests if request not in source.memory]
     if missing:
-        _encode_texts(missing, source, family, load_encoders, store, identity, rank)
+        _encode_texts(missing, source, family, load_encoders, store if rank == 0 else None, identities)
     if rank == 0:
         note = f", {store.damaged} damaged files made anew" if store and store.damaged else ""
-        say(f"text: {len(captions)} captions and prompts, {len(captions) - len(missing)} were cached{note}")
+        say(f"text: {len(requests)} captions and prompts, {len(requests) - len(missing)} were cached{note}")
     return source
 
 
-def _text_identity(family: Family, options: Any, folder: Path) -> str:
+def item_controls(item: Item) -> tuple[Path, ...]:
+    """The files of an item's control pictures."""
+    return tuple(getattr(item, "controls", ()))
+
+
+def _text_identities(requests: Iterable[Request], family: Family, options: Any, folder: Path) -> dict[Request, str]:
+    """Everything that decides a text output: encoders, tokenizers, caption, the contents of its pictures."""
     hashes = ContentHashes(folder)
-    files = [getattr(options, part.option) for part in family.text_encoders] + family.tokenizer_paths(options)
-    parts = [hashes.of_tree(Path(path)) for path in files]
+    files = [path_of(part, options) for part in family.text_encoders]
+    files += [path for path, _ in tokenizer_paths(family, options)]
+    recipe = f" {family.recipe}" if family.recipe else ""
+    made_by = f"text {RECIPE} {family.name}{recipe} {' '.join(hashes.of_tree(Path(path)) for path in files)}"
+    seen = {file: hashes.of(Path(file)) for file in {file for request in requests for file in request.files}}
     hashes.write()
-    return f"text {RECIPE} {family.name} {' '.join(parts)}"
+    pictures = {r: "".join(f" picture {seen[file]}" for file in r.files) for r in requests}
+    return {request: f"{made_by}{pictures[request]} caption {request.caption}" for request in requests}
 
 
 def _encode_texts(
-    captions: list[str],
+    requests: list[Request],
     source: CachedText,
     family: Family,
     load_encoders: Callable,
     store: Store | None,
-    identity: str | None,
-    rank: int,
+    identities: dict[Request, str],
 ) -> None:
     encoders, tokenizers = load_encoders()
     device = next(encoders[0].parameters()).device
-    for caption in captions:
-        cond = {
-            name: value.contiguous() for name, value in family.encode(encoders, tokenizers, caption, device).items()
-        }
+    for request in requests:
+        with torch.no_grad():
+            given = family.encode(encoders, tokenizers, request.text(family), device)
+        cond = {name: value.cpu().contiguous() for name, value in given.items()}
         if not all(torch.isfinite(value).all() for value in cond.values()):
-            raise DatasetError(f"the text encoder gives no finite numbers for the caption {caption[:80]!r}")
-        source.memory[caption] = cond
-        if store is not None and rank == 0:
-            store.put(f"{identity} caption {caption}", cond)
+            raise DatasetError(f"the text encoder gives no finite numbers for the caption {request.caption[:80]!r}")
+        source.memory[request] = cond
+        if store is not None:
+            store.put(identities[request], cond)
 
 
 def truncations(dataset: Dataset, family: Family, tokenizers: list) -> list[tuple[str, str]]:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library import flow
 from library.data.dataset import item_rng, item_seed
-from library.strategies import plain_caption
+from library.strategies import Request, item_controls, plain_caption
 
 if TYPE_CHECKING:
     from train_network import NetworkTrainer
@@ -25,23 +24,24 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Mean velocity error over the held-out items at each sigma quantile, and their average."""
-        trainer, runtime = self.trainer, self.trainer.runtime
+        """Mean error of what is predicted over the held-out items at each sigma quantile, and their average."""
+        trainer, runtime, objective = self.trainer, self.trainer.runtime, self.trainer.family.objective
         network, totals = trainer.network, {q: 0.0 for q in QUANTILES}
         (network if network is not None else trainer.denoiser).eval()
         for item in self.items:
-            picture, _ = trainer.latents.picture(item, item_rng(self.seed, 0, item.index, 0))
-            x0 = trainer.latents.finish(picture[None].to(runtime.device))
+            loaded = trainer.latents.picture(item, item_rng(self.seed, 0, item.index, 0))
+            x0, extras = trainer.latents.finish(loaded.tensor[None].to(runtime.device), [loaded.extra])
             generator = torch.Generator().manual_seed(item_seed(self.seed, 0, item.index, 0))
             noise = torch.randn(x0.shape, generator=generator).to(runtime.device)
-            conds = [runtime.to_device(trainer.text.get(plain_caption(item)))]
+            request = Request.of(trainer.family, plain_caption(item), item_controls(item))
+            conds = [runtime.to_device(trainer.text.get(request)) | extras[0]]
             for q in QUANTILES:
-                sigma = flow.sigma_quantiles([q], tokens=runtime.tokens(x0), **runtime.sigma_options()).to(
-                    runtime.device
-                )
+                sigma = runtime.sigma(torch.tensor([q], dtype=torch.float64), x0).to(runtime.device)
                 with runtime.autocast():
-                    predicted = trainer.family.predict(trainer.denoiser, flow.noisy(x0, noise, sigma), sigma, conds)
-                totals[q] += float((predicted.float() - flow.velocity(x0, noise)).square().mean())
+                    noisy = objective.noisy(x0, noise, sigma)
+                    predicted = trainer.family.predict(trainer.denoiser, noisy, sigma, conds)
+                target = objective.target(x0, noise, sigma, trainer.options)
+                totals[q] += float((predicted.float() - target).square().mean())
         (network if network is not None else trainer.denoiser).train()
         values = {f"sigma_q{int(q * 100)}": total / len(self.items) for q, total in totals.items()}
         return values | {"average": sum(values.values()) / len(values)}

@@ -13,14 +13,18 @@ from test_data import dataset_file, folder, options, picture  # noqa: F401  (fix
 from library import strategies
 from library.data.dataset import prepare
 from library.errors import ConfigError, DatasetError
+from library.families.family import Tokenizer
+from library.strategies import Request
 
 
 class Counting:
     """A family whose VAE averages 8x8 pixels and whose text encoder counts letters; both count their calls."""
 
     def __init__(self):
-        self.name, self.encoded, self.texts = "fake", [], []
-        self.vae, self.text_encoders = SimpleNamespace(option="vae"), (SimpleNamespace(option="text_encoder"),)
+        self.name, self.encoded, self.texts, self.recipe = "fake", [], [], ""
+        encoder = SimpleNamespace(option="text_encoder", tokenizer=Tokenizer("tokenizer", "owner/name"))
+        self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (encoder,), ()
+        self.encode_item = self.text_pictures = None
         self.limit = None
 
     def encode_image(self, vae, pixels):
@@ -30,18 +34,18 @@ class Counting:
         out = torch.nn.functional.avg_pool2d(pixels, 8) * float(vae.weight)
         return out.to(memory_format=torch.channels_last)  # as convolutions may give them
 
-    def encode(self, encoders, tokenizers, caption, device):
-        self.texts.append(caption)
-        return {"text": torch.arange(len(caption) + 1, dtype=torch.float32)[:, None]}
-
-    def tokenizer_paths(self, options):
-        return [options.tokenizer]
+    def encode(self, encoders, tokenizers, text, device):
+        self.texts.append(text.caption)
+        return {"text": torch.arange(len(text.caption) + 1, dtype=torch.float32)[:, None]}
 
 
 def load_vae():
     vae = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(vae.weight)
     return vae
+
+
+ENCODERS = strategies.Encoders(load_vae, list)
 
 
 @pytest.fixture
@@ -60,9 +64,9 @@ def run(folder, tmp_path):  # noqa: F811
                   "vae_batch_size": 2}  # fmt: skip
         chosen = options(dataset_config=dataset_file(tmp_path, folder, dataset_text, subset), **{**values, **changes})
         data = prepare(chosen, family, 16)
-        latents = strategies.latent_source(data, family, load_vae, chosen, rank, world, say=lambda text: None)
+        latents = strategies.latent_source(data, family, ENCODERS, chosen, rank, world, say=lambda text: None)
         text = strategies.text_source(
-            data, family, lambda: ([load_vae()], []), chosen, [""], rank, world, say=lambda t: None
+            data, family, lambda: ([load_vae()], []), chosen, [Request("")], rank, world, say=lambda t: None
         )
         return SimpleNamespace(family=family, data=data, latents=latents, text=text)
 
@@ -82,9 +86,8 @@ def test_the_second_start_encodes_nothing_and_gives_the_same_values(run):
         left = (pixels.shape[1] - 64) // 2
         square = torch.from_numpy(pixels[:, left : left + 64] / 127.5 - 1).permute(2, 0, 1)
         assert torch.allclose(values[0], torch.nn.functional.avg_pool2d(square, 8), atol=2e-3)
-        assert torch.equal(
-            second.text.get(item.caption.splitlines()[0])["text"], first.text.get(item.caption.splitlines()[0])["text"]
-        )
+        request = Request(item.caption.splitlines()[0])
+        assert torch.equal(second.text.get(request)["text"], first.text.get(request)["text"])
 
 
 def change_caption(run):

@@ -11,6 +11,9 @@ from training_support import launch, losses, pictures, toy, train  # noqa: F401 
 
 from library import sample
 from library.errors import ConfigError
+from library.families import get_family
+from library.families.family import Text
+from library.objective import FLOW
 from library.pictures import grid
 from library.prompts import Prompt, notes, parse_line, parse_prompts
 
@@ -72,7 +75,10 @@ def test_a_file_of_another_form_is_one_sentence(tmp_path, name, text, said):
 
 
 def test_what_a_prompt_asks_for_and_does_not_get_is_said():
-    said = notes([Prompt("a", "ugly", width=100, guidance_scale=3.5), Prompt("b", "ugly", 96, 64, scale=2.0)], 16)
+    said = notes(
+        [Prompt("a", "ugly", width=100, guidance_scale=3.5), Prompt("b", "ugly", 96, 64, scale=2.0)],
+        get_family("z_image"),
+    )
     assert len(said) == 3 and all("prompt 1" in one for one in said)
     assert "100 becomes 96" in said[0] and "negative" in said[1] and "--g" in said[2]
 
@@ -80,7 +86,7 @@ def test_what_a_prompt_asks_for_and_does_not_get_is_said():
 @pytest.fixture(scope="module")
 def models(toy):  # noqa: F811
     from library import checkpoints, options
-    from library.families import get_family
+    from library.components.tokenizers import load_tokenizers
 
     family = get_family("z_image")
     chosen = options.parse("z_image", ["--config_file", str(toy), "--output_dir", "x"], "test")
@@ -89,7 +95,7 @@ def models(toy):  # noqa: F811
         checkpoints.load_part(p, getattr(chosen, p.option), dtype=torch.float32).requires_grad_(False).eval()
         for p in parts
     ]
-    return family, *loaded, family.tokenizers(chosen)
+    return family, *loaded, load_tokenizers(family, chosen)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -97,7 +103,7 @@ def test_a_picture_is_the_one_that_diffusers_pipeline_makes(models, scale):
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
     family, denoiser, vae, text, tokenizers = models
-    encode = lambda caption: family.encode([text], tokenizers, caption, "cpu")  # noqa: E731
+    encode = lambda caption: family.encode([text], tokenizers, Text(caption), "cpu")  # noqa: E731
     conds = encode("a red cat"), encode("")
     steps, shift = 6, 3.0
     latents = sample.generate_latents(
@@ -134,7 +140,7 @@ def test_euler_integrates_a_gaussian_to_its_known_solution():
         t = sigma.view(-1, 1, 1, 1)
         return x * (t - (1 - t) * s2) / ((1 - t) ** 2 * s2 + t**2)
 
-    family = SimpleNamespace(predict=predict)
+    family = SimpleNamespace(predict=predict, objective=FLOW, pixel_multiple=8, latent_downscale=8)
     out = sample.generate_latents(
         family, None, {}, None, shape=(4, 8, 8), seed=0, steps=2000, scale=1, shift=1.0, device="cpu"
     )
@@ -213,7 +219,8 @@ def sample_run(models, folder, *prompts):
     import contextlib
 
     family, _, vae, text, tokenizers = models
-    conds = {c: family.encode([text], tokenizers, c, "cpu") for c in ("a", "")}
+    pair = tuple(family.encode([text], tokenizers, Text(c), "cpu") for c in ("a", ""))
+    conds = [pair for _ in prompts]
     options = SimpleNamespace(seed=1, discrete_flow_shift=2.0)
     return sample.Samples(
         list(prompts), family, options, conds, folder, "x", lambda: vae, "cpu", contextlib.nullcontext, 16, 64

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import ConfigError
-from library.families.family import Part
+from library.families.family import Part, Tokenizer
 from library.layout import Row, Shape, row
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ def finish(model: torch.nn.Module, device: Any) -> None:
         model.rotary_emb = type(model.rotary_emb)(model.config)
 
 
-def part(title: str, option: str = "text_encoder") -> Part:
+def part(title: str, hub: str, option: str = "text_encoder") -> Part:
     return Part(
         name="text_encoder",
         title=title,
@@ -75,29 +73,5 @@ def part(title: str, option: str = "text_encoder") -> Part:
         carried=("lm_head.weight",),
         diffusers_folder="text_encoder",
         finish=finish,
+        tokenizer=Tokenizer("tokenizer", hub),
     )
-
-
-def tokenizer_path(options: Any, default: str) -> str:
-    """--tokenizer, else a folder `tokenizer` beside the text encoder, else the published model's hub id."""
-    if options.tokenizer:
-        return options.tokenizer
-    beside = Path(options.text_encoder or ".")
-    for folder in (beside.parent / "tokenizer", beside / "tokenizer", beside.parent.parent / "tokenizer"):
-        if (folder / "tokenizer_config.json").is_file():
-            return str(folder)
-    return default
-
-
-def load_tokenizer(path: str) -> Any:
-    """A tokenizer from a folder, or from the hub if the path does not exist. Raises ConfigError saying what to do."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).exists(), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise ConfigError(
-            f"tokenizer {path} cannot be loaded ({reason}); "
-            "give --tokenizer a folder with tokenizer.json and tokenizer_config.json"
-        ) from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from library.layout import Row
+from library.objective import FLOW, Objective
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,38 @@ if TYPE_CHECKING:
     from library.options import Option
 
 Shapes = Mapping[str, tuple[int, ...]]
-Cond = dict[str, "Tensor"]  # what the text encoders gave for ONE caption, at its true length (ragged)
+Cond = dict[str, "Tensor"]  # what conditions ONE item: text at its true length (ragged), controls, sizes
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is encoded for one item: its caption, and the pictures that a vision-language encoder sees with it."""
+
+    caption: str
+    pictures: tuple[Tensor, ...] = ()  # each [3,H,W] float32 in -1..1
+
+
+@dataclass(frozen=True)
+class ItemInput:
+    """One item for `encode_item`: its pixels (None while sampling), its control pictures and the facts of its crop."""
+
+    pixels: Tensor | None  # [3,H,W], a clip [3,F,H,W], float32 in -1..1
+    controls: tuple[Tensor, ...] = ()  # each [3,H,W] float32 in -1..1
+    original_size: tuple[int, int] = (0, 0)  # width, height of the file
+    crop: tuple[int, int] = (0, 0)  # left, top, in pixels of the resized picture
+    size: tuple[int, int] = (0, 0)  # width, height that is trained
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Where the tokenizer of a text encoder is: its option, else beside the encoder's file, else a hub id."""
+
+    option: str  # "tokenizer", "tokenizer_byt5", ...
+    hub: str  # id of the published model
+    beside: tuple[str, ...] = ("tokenizer",)  # names of folders that are tried beside the encoder's file
+    subfolder: str = ""  # of the hub repository
+    load: Callable[..., Any] | None = None  # (path, subfolder) -> tokenizer; None = transformers' AutoTokenizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +71,7 @@ class Part:
     carried: tuple[str, ...] = ()  # keys that a file may hold and no model reads; a full save writes them back
     diffusers_folder: str = ""  # sub-folder of a diffusers repository that holds this part
     finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
+    tokenizer: Tokenizer | None = None  # of a text encoder
 
     def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""
@@ -52,21 +85,15 @@ class Family:
     denoiser: Part
     vae: Part
     text_encoders: tuple[Part, ...]
-    tokenizers: Callable[..., list[Any]]  # (options) -> the tokenizers, in the order of the text encoders
-    tokenizer_paths: Callable[..., list[str]]  # (options) -> the folder, file or hub id of each; no import, no network
-    tokenize: Callable[
-        ..., tuple[Any, str]
-    ]  # (tokenizers, caption) -> (token ids, the part of the caption that is cut)
-    encode: Callable[..., Cond]  # (text_encoders, tokenizers, caption, device) -> Cond of one caption, on the CPU
-    encode_image: Callable[..., Tensor]  # (vae, pixels [B,3,H,W] in [-1,1]) -> normalised latents [B,C,h,w]
-    decode_latents: Callable[..., Tensor]  # (vae, latents) -> pixels [B,3,H,W] in [-1,1]
-    predict: Callable[
-        ..., Tensor
-    ]  # (denoiser, noisy [B,C,h,w], sigma [B] float32, conds: list[Cond]) -> velocity, float32
+    tokenize: Callable[..., tuple[Any, str]]  # (tokenizers, caption) -> (token ids, the part of it that is cut)
+    encode: Callable[..., Cond]  # (text_encoders, tokenizers, Text, device) -> Cond of one item, on the device
+    encode_image: Callable[..., Tensor]  # (vae, pixels [B,3,H,W] in -1..1) -> normalised latents [B,C,h,w]
+    decode_latents: Callable[..., Tensor]  # (vae, latents) -> pixels [B,3,H,W] in -1..1
+    predict: Callable[..., Tensor]  # (denoiser, noisy [B,C,h,w], sigma [B] float32, conds: list[Cond]) -> float32
     blocks: tuple[str, ...]  # module lists of OUR denoiser that are checkpointed, swapped, compiled block by block
     adapted: tuple[str, ...]  # prefixes of ORIGINAL module names that an adapter trains by default
     pixel_multiple: int  # sides of a training picture are multiples of this
-    latent_channels: int  # published value; the file decides
+    latent_channels: int  # published value; the file decides, see `channels_of`
     latent_downscale: int
     defaults: Mapping[str, Any] = field(
         default_factory=dict
@@ -76,3 +103,21 @@ class Family:
     architecture: str = ""  # modelspec.architecture without "/lora"
     base_model_version: str = ""  # ss_base_model_version
     resolution: int = 1024  # the model's usual side length
+    objective: Objective = FLOW  # how noise is mixed in, what `predict` returns, how a sampler steps
+    image_encoders: tuple[Part, ...] = ()
+    # (vae, image encoders, ItemInput) -> what else conditions an item, cached beside its latents: "control.0", ...
+    encode_item: Callable[..., Cond] | None = None
+    text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
+    variant_of: Callable[..., Family] | None = None  # (options) -> the record for these files and options
+    recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
+    channels_of: Callable[..., int] = lambda denoiser: int(denoiser.config.in_channels)  # latent channels of a file
+    text_prefixes: tuple[str, ...] = ()  # LoRA names of the text encoders that can be trained, in their order
+    inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.denoiser, self.vae, *self.text_encoders, *self.image_encoders)
+
+    def resolved(self, options: Any) -> Family:
+        """The record for the files and options of one run."""
+        return self.variant_of(options) if self.variant_of else self

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.components import qwen3, vae_ldm
-from library.families.family import Cond, Family, Part
+from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, block, row
 
 if TYPE_CHECKING:
@@ -107,14 +107,6 @@ DENOISER = Part(
 )
 
 
-def tokenizer_paths(options: Any) -> list[str]:
-    return [qwen3.tokenizer_path(options, TOKENIZER)]
-
-
-def tokenizers(options: Any) -> list[Any]:
-    return [qwen3.load_tokenizer(path) for path in tokenizer_paths(options)]
-
-
 def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
     """Ids of the prompt, at most MAX_TOKENS, and the end of the caption that did not fit. The template is never cut."""
     (tokenizer,) = tokenizers
@@ -125,14 +117,13 @@ def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
     return [*before, *ids[:room], *after], tokenizer.decode(ids[room:]) if len(ids) > room else ""
 
 
-def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], caption: str, device: Any) -> Cond:
-    """{"text": [T,D]}: the next-to-last layer's states of the whole prompt, unpadded, on the CPU."""
+def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
+    """{"text": [T,D]}: the next-to-last layer's states of the whole prompt, unpadded."""
     import torch
 
-    ids, _ = tokenize(tokenizers, caption)
-    with torch.no_grad():
-        out = encoders[0](input_ids=torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False)
-    return {"text": out.hidden_states[-2][0].cpu()}
+    ids, _ = tokenize(tokenizers, text.caption)
+    out = encoders[0](input_ids=torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False)
+    return {"text": out.hidden_states[-2][0]}
 
 
 def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond]) -> Tensor:
@@ -159,9 +150,7 @@ Z_IMAGE = Family(
     title="Z-Image",
     denoiser=DENOISER,
     vae=vae_ldm.part("a Flux-type VAE", channels=16),
-    text_encoders=(qwen3.part("a Qwen3 text encoder"),),
-    tokenizers=tokenizers,
-    tokenizer_paths=tokenizer_paths,
+    text_encoders=(qwen3.part("a Qwen3 text encoder", TOKENIZER),),
     tokenize=tokenize,
     encode=encode,
     encode_image=encode_image,
