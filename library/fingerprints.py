@@ -52,7 +52,7 @@ TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("checkpoint", "auraflow", "", "an AuraFlow denoiser", ("register_tokens", "init_x_linear.weight")),
     ("checkpoint", "hidream", "", "a HiDream denoiser", ("caption_projection.0.linear.weight", "double_stream_blocks.0.block.attn1.to_q.weight")),
     ("checkpoint", "ltx_video", "", "an LTX-Video denoiser", ("patchify_proj.weight", "adaln_single.linear.weight")),
-    ("checkpoint", "wan", "i2v", "a Wan image-to-video denoiser", ("blocks.0.cross_attn.k_img.weight", "patch_embedding.weight")),
+    ("checkpoint", "wan", "", "a Wan image-to-video denoiser", ("blocks.0.cross_attn.k_img.weight", "patch_embedding.weight")),
     ("checkpoint", "wan", "", "a Wan denoiser", ("blocks.0.cross_attn.norm_k.weight", "patch_embedding.weight", "time_projection.1.weight")),
     ("checkpoint", "anima", "", "an Anima denoiser", ("llm_adapter.embed.weight", "blocks.0.cross_attn.q_proj.weight")),
     ("checkpoint", "cosmos_predict2", "", "a Cosmos-Predict2 denoiser", ("blocks.0.cross_attn.q_proj.weight", "blocks.0.adaln_modulation_mlp.1.weight")),
@@ -76,6 +76,15 @@ TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("text_encoder", "t5", "", "a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
     ("text_encoder", "clip", "", "a CLIP text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",)),
 )  # fmt: skip
+
+# (family, variant, a key that tells and its shape, None = any size). The first row that fits decides.
+VARIANTS: tuple[tuple[str, str, str, tuple[int | None, ...]], ...] = (
+    ("wan", "2.1 first-and-last-frame", "img_emb.emb_pos", (None, None, None)),
+    ("wan", "2.1 i2v", "blocks.0.cross_attn.k_img.weight", (None, None)),
+    ("wan", "2.2 i2v", "patch_embedding.weight", (None, 36, None, None, None)),
+    ("wan", "2.2 5B", "patch_embedding.weight", (None, 48, None, None, None)),
+    ("wan", "t2v", "patch_embedding.weight", (None, 16, None, None, None)),  # 2.1 and 2.2 A14B have the same shapes
+)
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,22 @@ def identify(checkpoint: Checkpoint, exact: bool = False) -> Identity:
 def _listed(shapes: Mapping[str, Shape], common: dict[str, Any], kinds: tuple[str, ...]) -> Identity | None:
     """The first row of the table, of these kinds, whose keys are all there under one prefix."""
     for prefix in PREFIXES:
-        names = {key[len(prefix) :] for key in shapes if key.startswith(prefix)}
+        names = {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
         for kind, family, variant, title, keys in TABLE:
             if kind in kinds and all(key in names for key in keys):
+                variant = variant or (variant_of(family, names) if kind == "checkpoint" else "")
                 return Identity(kind, family, variant, "original", "", matched=len(names), title=title, **common)
     return None
+
+
+def variant_of(family: str, shapes: Mapping[str, Shape]) -> str:
+    """Which of a family's models these original keys are, "" if it has but one or they do not tell."""
+    for name, variant, key, wanted in VARIANTS:
+        shape = shapes.get(key, ())
+        fits = len(shape) == len(wanted) and all(w is None or n == w for n, w in zip(shape, wanted, strict=True))
+        if name == family and fits:
+            return variant
+    return ""
 
 
 def _count(checkpoint: Checkpoint) -> dict[str, int]:
@@ -155,7 +175,7 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, den
                 return Identity(
                     kind,
                     family.name,
-                    "",
+                    variant_of(family.name, shapes) if kind == "checkpoint" else "",
                     layout,
                     "",
                     matched=len(shapes) - len(unmatched),

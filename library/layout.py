@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -66,6 +66,11 @@ def row(theirs: str, *ours: str, op: Op | None = None) -> Row:
 def block(theirs: str, ours: str, *rows: Row) -> list[Row]:
     """Repeat `rows` below a numbered block; `{i}` runs over the blocks that the model has."""
     return [Row(f"{theirs}.{r.theirs}", tuple(f"{ours}.{o}" for o in r.ours), r.op) for r in rows]
+
+
+def identity(ours: Mapping[str, Shape]) -> list[Row]:
+    """The table of a file that already has our names."""
+    return [Row(key, (key,)) for key in ours]
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,12 @@ class Layout:
         for entry in self.entries:
             out.update(zip(entry.ours, entry.split(theirs[entry.theirs], self.our_shape(entry)), strict=True))
         return out
+
+
+def count(keys: Iterable[str], name: str) -> int:
+    """How many numbered blocks `name.0`, `name.1`, ... these keys have: one more than the highest number."""
+    start = name + "."
+    return 1 + max((int(key[len(start) :].split(".")[0]) for key in keys if key.startswith(start)), default=-1)
 
 
 def shapes_of(model) -> dict[str, Shape]:

@@ -1,0 +1,29 @@
+"""Clean frames at the start of a noisy video: models that take a time per token train from a first frame this way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "first_frame"  # of an item's conditions: latents [C,f,h,w] of its first frame or frames
+
+
+def with_first_frames(noisy: Tensor, sigma: Tensor, conds: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """[B,C,F,h,w] with the given frames in place of noisy ones, and the sigma of each frame, [B,F] float32, 0 there.
+
+    Without any given frame sigma stays [B], which the models take more cheaply.
+    """
+    import torch
+
+    if not any(KEY in cond for cond in conds):
+        return noisy, sigma.float()
+    videos, sigmas = [], []
+    for video, level, cond in zip(noisy, sigma.float(), conds, strict=True):
+        given = cond[KEY].to(video.dtype) if KEY in cond else video[:, :0]
+        kept = given.shape[1]
+        videos.append(torch.cat([given, video[:, kept:]], 1))
+        sigmas.append(torch.cat([level.new_zeros(kept), level.expand(video.shape[1] - kept)]))
+    return torch.stack(videos), torch.stack(sigmas)

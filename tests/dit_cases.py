@@ -1,0 +1,102 @@
+"""The golden files of the video and DiT families as one table: how each one's inputs are given to `predict`.
+
+Golden files come in two forms: `ckpt.`, `lora.`, `case.NAME.in.` and `case.NAME.out`, `case.NAME.out_lora`, or
+`weights/`, `inputs/` and `outputs/NAME`, where several outputs share the inputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracles import golden, golden_metadata, load, weights_of
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Golden:
+    file: str
+    family: str
+    conds: Callable[[str, dict], list[dict]]  # (case, inputs) -> conditions of each item
+    noisy: Callable[[str, dict], Any] = lambda case, i: i["x"]
+    sigma: Callable[[str, dict], Any] = lambda case, i: i["timestep"]
+    cases: tuple[str, ...] = ("plain",)
+    metadata: dict[str, str] = field(default_factory=dict)  # what no shape shows, as a toy file says it in its header
+    options: dict[str, Any] = field(default_factory=dict)  # of predict
+    prefix: str = ""
+    times: Callable[[Any], Any] = lambda sigma: sigma * 1000  # what the time embedding embeds
+    ragged: tuple[str, ...] = ("text",)  # conditions that have one row per token
+    tolerance: float = 1e-4
+
+    @property
+    def module(self) -> Any:
+        return importlib.import_module(f"library.families.{self.family}")
+
+    def inputs(self, case: str) -> dict[str, Any]:
+        tensors = golden(self.file)
+        return weights_of(tensors, f"case.{case}.in.") or weights_of(tensors, "inputs/")
+
+    def output(self, case: str, kind: str = "out") -> Any:
+        """The independent implementation's output, None where the file has none of this kind."""
+        tensors = golden(self.file)
+        return tensors.get(f"case.{case}.{kind}", tensors.get(f"outputs/{case}"))
+
+    def weights(self, with_lora: bool = False) -> dict[str, Any]:
+        tensors = golden(self.file)
+        weights = weights_of(tensors, "ckpt.") or weights_of(tensors, "weights/")
+        if with_lora:
+            scale, loras = float(golden_metadata(self.file)["lora_scale"]), weights_of(tensors, "lora.")
+            for key in [key for key in loras if key.endswith(".lora_A.weight")]:
+                name = key.removesuffix(".lora_A.weight")
+                change = loras[f"{name}.lora_B.weight"] @ loras[key]
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] + scale * change
+        return weights
+
+    def model(self, folder: Any, with_lora: bool = False, dtype: Any = torch.float32) -> Any:
+        weights = {self.prefix + key: value for key, value in self.weights(with_lora).items()}
+        return load(self.module.DENOISER, weights, folder, dtype, **self.metadata).requires_grad_(False)
+
+    def run(self, model: Any, case: str, items: slice = slice(None), change: Callable = lambda conds: conds) -> Any:
+        """`predict` of these items of a case, their conditions changed."""
+        inputs = self.inputs(case)
+        noisy, sigma = self.noisy(case, inputs)[items], self.sigma(case, inputs)[items]
+        return self.module.predict(model, noisy, sigma, change(self.conds(case, inputs))[items], **self.options)
+
+
+def texts(case: str, inputs: dict) -> list[dict]:
+    """One text per item, cut to its length where the case has lengths."""
+    lengths = inputs.get("lens", torch.full((len(inputs["context"]),), inputs["context"].shape[1]))
+    return [{"text": text[:n]} for text, n in zip(inputs["context"], lengths.tolist(), strict=True)]
+
+
+def per_mille(case: str, inputs: dict) -> Any:
+    return inputs["timestep"] / 1000
+
+
+def wan_i2v(case: str, inputs: dict) -> list[dict]:
+    context = inputs.get("context", inputs.get("context_first20"))
+    conds = [{"text": text, "image_latents": x[16:]} for text, x in zip(context, inputs["x"], strict=True)]
+    return (
+        [cond | {"clip": clip} for cond, clip in zip(conds, inputs["clip_fea"], strict=True)]
+        if "clip_fea" in inputs
+        else conds
+    )
+
+
+def wan_5b(case: str, inputs: dict) -> list[dict]:
+    return [{"text": t, "first_frame": x[:, :1]} for t, x in zip(inputs["context"], inputs["x"], strict=True)]
+
+
+HEADS2 = {"num_attention_heads": "2"}
+GOLDENS = (
+    Golden("wan21_t2v", "wan", texts, sigma=per_mille, cases=("out",), metadata=HEADS2, options={"tokens": 20}),
+    Golden("wan21_i2v", "wan", wan_i2v, lambda c, i: i["x"][:, :16], per_mille, ("out",), HEADS2),
+    Golden("wan22_i2v_a14b", "wan", wan_i2v, lambda c, i: i["x"][:, :16], per_mille, ("out",), HEADS2, {"tokens": 20}),
+    Golden(
+        "wan22_ti2v", "wan", wan_5b, lambda c, i: F.pad(i["x"][:, :, 1:], (0, 0, 0, 0, 1, 0)),
+        lambda c, i: i["timestep_frames"][:, -1] / 1000, ("out",), HEADS2, {"tokens": 20},
+    ),
+)  # fmt: skip

@@ -1,0 +1,93 @@
+"""Video and DiT denoisers against an independent implementation's outputs, and what training needs of them."""
+
+import pytest
+import torch
+from dit_cases import GOLDENS
+from oracles import relative
+
+from library.checkpointing import checkpoint_blocks
+
+EVERY_CASE = [pytest.param(g, case, id=f"{g.file}-{case}") for g in GOLDENS for case in g.cases]
+EVERY_FILE = [pytest.param(g, id=g.file) for g in GOLDENS]
+
+
+@pytest.mark.parametrize(("file", "case"), EVERY_CASE)
+def test_the_velocity_is_that_of_an_independent_implementation(file, case, tmp_path):
+    with torch.no_grad():
+        out = file.run(file.model(tmp_path), case)
+    assert out.dtype == torch.float32
+    assert relative(out, file.output(case)) < file.tolerance
+
+
+@pytest.mark.parametrize(("file", "case"), [c for c in EVERY_CASE if c.values[0].cases != ("out",)])
+def test_a_lora_in_the_files_own_coordinates_gives_the_independent_implementations_output(file, case, tmp_path):
+    expected = file.output(case, "out_lora")
+    with torch.no_grad():
+        out = file.run(file.model(tmp_path, with_lora=True), case)
+    assert relative(out, expected) < file.tolerance
+    assert relative(file.output(case), expected) > 1e-3
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_batch_of_texts_of_different_lengths_is_what_each_gives_alone(file, tmp_path):
+    model, case = file.model(tmp_path), file.cases[0]
+
+    def cut(conds):
+        """Two items whose texts have different lengths."""
+        conds = (conds * 2)[:2]
+        return [conds[0], conds[1] | {key: conds[1][key][:-3] for key in file.ragged}]
+
+    inputs = file.inputs(case)
+    noisy, sigma = (torch.cat([t, t])[:2] for t in (file.noisy(case, inputs), file.sigma(case, inputs)))
+    conds = cut(file.conds(case, inputs))
+    with torch.no_grad():
+        both = file.module.predict(model, noisy, sigma, conds, **file.options)
+        each = [
+            file.module.predict(model, noisy[k : k + 1], sigma[k : k + 1], conds[k : k + 1], **file.options)
+            for k in (0, 1)
+        ]
+        same = file.module.predict(model, noisy, sigma, [conds[0], file.conds(case, inputs)[-1]], **file.options)
+    assert relative(both, torch.cat(each)) < 1e-5
+    assert relative(both[1], same[1]) > 1e-4, "the length of the text matters"
+
+
+@pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_under_bf16_the_time_reaches_its_embedding_in_float32(file, mode, tmp_path):
+    from diffusers.models.embeddings import Timesteps
+
+    model = file.model(tmp_path, dtype=torch.bfloat16 if mode == "bf16 weights" else torch.float32)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, Timesteps):
+            module.register_forward_pre_hook(lambda m, args: seen.append((args[0].clone(), m.scale)))
+    case = file.cases[0]
+    inputs = file.inputs(case)
+    sigma = torch.tensor([0.12345, 0.98765])[: len(file.noisy(case, inputs))]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        file.module.predict(model, file.noisy(case, inputs), sigma, file.conds(case, inputs), **file.options)
+    assert seen
+    for time, scale in seen:
+        allowed = torch.cat([file.times(sigma), torch.zeros(1)]) if time.numel() > len(sigma) else file.times(sigma)
+        assert time.dtype == torch.float32
+        assert (time.flatten()[:, None] * scale - allowed).abs().amin(1).max() < 1e-4 * float(allowed.max())
+        assert len(time.flatten().unique()) >= len(sigma)
+
+
+def gradients(file, model, case):
+    model.zero_grad(set_to_none=True)
+    out = file.run(model, case)
+    out.square().mean().backward()
+    return out.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_checkpointed_blocks_give_the_same_output_and_gradients(file, tmp_path):
+    model, case = file.model(tmp_path).requires_grad_(True), file.cases[-1]
+    out, before = gradients(file, model, case)
+    assert checkpoint_blocks(model, file.module.BLOCKS) >= 2
+    again, after = gradients(file, model, case)
+    assert torch.equal(out, again) and before.keys() == after.keys()
+    assert max(relative(after[k], before[k]) for k in before if before[k].norm() > 1e-6) < 1e-4
+    without = [k for k, _ in model.named_parameters() if k not in before]
+    assert not [k for k in without if k not in file.module.__dict__.get("DEAD", ())], without[:4]

@@ -1,0 +1,124 @@
+"""The name tables of the video and DiT families against the real files' key lists, ComfyUI's and diffusers' names."""
+
+import functools
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import read_json
+
+from library import checkpoints
+from library.checkpoints import Checkpoint
+from library.fingerprints import identify
+from library.headers import Header, TensorInfo
+from library.layout import Layout, shapes_of
+from networks import formats
+from networks.adapter import targets_of
+from networks.lora import is_adapted
+
+FILES = {  # key list -> family
+    "wan": "wan", "wan_t2v_14b": "wan", "wan_i2v_14b": "wan", "wan22_ti2v_5b": "wan", "wan22_a14b_t2v": "wan",
+    "wan22_a14b_i2v": "wan",
+}  # fmt: skip
+
+VARIANTS = {
+    "wan": "t2v", "wan_t2v_14b": "t2v", "wan_i2v_14b": "2.1 i2v", "wan22_ti2v_5b": "2.2 5B", "wan22_a14b_t2v": "t2v",
+    "wan22_a14b_i2v": "2.2 i2v",
+}  # fmt: skip
+
+
+def module_of(name):
+    return importlib.import_module(f"library.families.{FILES[name]}")
+
+
+@functools.lru_cache(maxsize=1)
+def full_size(name):
+    """(key list, layout's name, model on the meta device, its layout of that name)"""
+    shapes = {key: tuple(shape) for key, shape in read_json(f"layouts/{name}")["keys"].items()}
+    part = module_of(name).DENOISER
+    layout_name = part.recognise(shapes)
+    with torch.device("meta"):
+        model = part.build(part.config(shapes, {}, layout_name))
+    ours = shapes_of(model)
+    return shapes, layout_name, model, Layout(layout_name, checkpoints.rows_of(part, layout_name, ours), ours)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_of_the_full_size_file_is_claimed_with_its_shape(name):
+    shapes, _, _, layout = full_size(name)
+    assert {k: tuple(v) for k, v in layout.their_shapes.items()} == shapes
+    part = module_of(name).DENOISER
+    assert part.recognise(layout.shapes) == "diffusers"
+    with torch.device("meta"):
+        again = shapes_of(part.build(part.config(layout.shapes, {}, "diffusers")))
+    assert again == layout.shapes, "a diffusers folder gives the same model"
+
+
+@pytest.mark.parametrize("form", ["comfy", "kohya"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_adapter_name_that_is_saved_is_one_that_comfyui_takes(name, form):
+    _, _, model, _ = full_size(name)
+    part, ours = module_of(name).DENOISER, shapes_of(model)
+    layout = Layout("comfy", checkpoints.rows_of(part, next(iter(part.layouts)), ours), ours)
+    chosen = {n: t for n, t in targets_of(model, layout).items() if is_adapted(n, module_of(name).ADAPTED)}
+    modules = {
+        n: {"down": torch.zeros(1, *t.our_shape[1:]), "up": torch.zeros(t.entry.shape[0], 1), "alpha": 1.0}
+        for n, t in chosen.items()
+    }
+    styles = read_json(f"lora_keys/{name}")["styles"].values()
+    accepted = {stem: weight for style in styles for stem, weight in style["keys"].items()}
+    stems = {formats.split_key(key)[0] for key in formats.write(modules, form, layout)}
+    assert len(stems) == len(chosen) > 100 and not stems - accepted.keys()
+    assert {accepted[stem] for stem in stems} == {f"diffusion_model.{n}.weight" for n in chosen}
+
+
+def tagged(shapes):
+    """Tensors whose values say where they came from; only the rows matter, so other dimensions are cut to one."""
+    start, out = 0, {}
+    for key, shape in shapes.items():
+        small = (shape[0], *[1] * (len(shape) - 1))
+        out[key] = torch.arange(start, start + math.prod(small), dtype=torch.float64).reshape(small)
+        start += math.prod(small)
+    return out
+
+
+CONVERTERS = {
+    "wan_i2v_14b": "convert_wan_transformer_to_diffusers",
+    "wan22_ti2v_5b": "convert_wan_transformer_to_diffusers",
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_the_layout_is_diffusers_own_converter(name):
+    from diffusers.loaders import single_file_utils
+
+    shapes, _, _, layout = full_size(name)
+    theirs = tagged(shapes)
+    converted, mine = getattr(single_file_utils, CONVERTERS[name])(dict(theirs)), layout.to_ours(theirs)
+    assert converted.keys() == mine.keys()
+    assert all(torch.equal(converted[key], mine[key]) for key in mine)
+
+
+TOYS = json.loads((Path(__file__).parents[1] / "tools" / "toy_configs.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name in TOYS])
+def test_the_toy_file_is_a_whole_small_model(name):
+    shapes, part = {k: tuple(v) for k, v in TOYS[name]["keys"].items()}, module_of(name).DENOISER
+    layout_name = part.recognise(shapes)
+    with torch.device("meta"):
+        ours = shapes_of(part.build(part.config(shapes, {}, layout_name)))
+    layout = Layout(layout_name, checkpoints.rows_of(part, layout_name, ours), ours)
+    assert {k: tuple(v) for k, v in layout.their_shapes.items()} == shapes
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_named_by_family_and_variant(name):
+    keys = read_json(f"layouts/{name}")["keys"]
+    for prefix in module_of(name).DENOISER.prefixes:
+        tensors = {prefix + key: TensorInfo("BF16", tuple(shape), 0, 0) for key, shape in keys.items()}
+        found = identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
+        assert (found.kind, found.family, found.variant) == ("checkpoint", FILES[name], VARIANTS[name])
