@@ -66,6 +66,24 @@ def check_training(script, words):
         pytest.fail(str(error))
 
 
+DATASETS = [
+    (page.name, block)
+    for page in PAGES
+    for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    if "[[datasets]]" in block
+]
+
+
+@pytest.mark.parametrize(("page", "block"), DATASETS)
+def test_a_dataset_description_is_read_strictly(page, block, tmp_path):
+    from test_data import options as values
+
+    from library.data.config import load_dataset_config
+
+    (tmp_path / "data.toml").write_text(block, encoding="utf-8")
+    assert load_dataset_config(values(dataset_config=str(tmp_path / "data.toml")))
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

@@ -86,3 +86,22 @@ def single(size: Size, resolution: Size) -> Placement:
     """Without buckets: the picture covers `resolution` and is cropped to it."""
     resized = _cover(size, resolution)
     return _placed(resolution, (max(resized[0], resolution[0]), max(resized[1], resolution[1])))
+
+
+def cropped(size: Size, unit: int) -> Placement:
+    """The picture as it is, its sides cut in the middle to multiples of `unit`; enlarged only below one unit."""
+    bucket = (max(unit, size[0] // unit * unit), max(unit, size[1] // unit * unit))
+    return _placed(bucket, size) if min(size) >= unit else single(size, bucket)
+
+
+def of_area(size: Size, resolution: Size, unit: int) -> Placement:
+    """In the picture's own proportions, with the area of `resolution`: musubi-tuner's rule for control pictures.
+
+    Of the widths within two units of the exact one, each with the greatest height that the area allows, the pair
+    whose ratio is nearest to the picture's.
+    """
+    area, ratio = resolution[0] * resolution[1], size[0] / size[1]
+    near = int(math.sqrt(area * ratio)) // unit * unit
+    widths = [w for w in range(near - 2 * unit, near + 3 * unit, unit) if w >= unit and area // w >= unit]
+    pairs = [(w, area // w // unit * unit) for w in widths or [area // unit // unit * unit]]
+    return single(size, min(pairs, key=lambda pair: abs(pair[0] / pair[1] - ratio)))

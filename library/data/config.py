@@ -45,10 +45,18 @@ class SubsetSpec:
     face_crop_aug_range: tuple[float, float] | None = None
     alpha_mask: bool = False
     resize_interpolation: str | None = None
+    control_directory: tuple[str, ...] = ()
+    no_resize_control: bool = False
+    control_resolution: tuple[int, int] | None = None  # width, height: an area
 
     @property
     def source(self) -> str:
         return self.metadata_file or self.image_dir or ""
+
+    @property
+    def moving(self) -> list[str]:
+        """Names of the options that are on and change the pixels of a picture every time."""
+        return [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(self, name)]
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,14 @@ class DatasetSpec:
 
 
 BOOL, INT, NUMBER, TEXT, SIZE, RANGE = "true or false", "a whole number", "a number", "a text", "a size", "two numbers"
+TEXTS = "a text or a list of texts"
 DATASET_KEYS = {
     "batch_size": INT, "resolution": SIZE, "enable_bucket": BOOL, "min_bucket_reso": INT, "max_bucket_reso": INT,
     "bucket_reso_steps": INT, "bucket_no_upscale": BOOL, "validation_split": NUMBER, "validation_seed": INT,
 }  # fmt: skip
-SUBSET_ONLY = {"image_dir": TEXT, "metadata_file": TEXT, "conditioning_data_dir": TEXT, "is_reg": BOOL}
+SUBSET_ONLY = {
+    "image_dir": TEXT, "metadata_file": TEXT, "conditioning_data_dir": TEXT, "is_reg": BOOL, "control_directory": TEXTS,
+}  # fmt: skip
 SHARED = {
     "num_repeats": INT, "shuffle_caption": BOOL, "caption_separator": TEXT, "keep_tokens": INT,
     "keep_tokens_separator": TEXT, "secondary_separator": TEXT, "enable_wildcard": BOOL, "caption_prefix": TEXT,
@@ -78,14 +89,22 @@ SHARED = {
     "caption_dropout_rate": NUMBER, "caption_dropout_every_n_epochs": INT, "caption_tag_dropout_rate": NUMBER,
     "token_warmup_min": INT, "token_warmup_step": NUMBER, "color_aug": BOOL, "flip_aug": BOOL, "random_crop": BOOL,
     "face_crop_aug_range": RANGE, "alpha_mask": BOOL, "resize_interpolation": TEXT, "class_tokens": TEXT,
-    "caption_extension": TEXT,
+    "caption_extension": TEXT, "no_resize_control": BOOL, "control_resolution": SIZE,
 }  # fmt: skip
 LEVELS = {
     "[general]": {**DATASET_KEYS, **SHARED},
     "[[datasets]]": {**DATASET_KEYS, **SHARED},
     "[[datasets.subsets]]": {**SHARED, **SUBSET_ONLY},
 }
+ALIASES = {  # musubi-tuner's names
+    "image_directory": "image_dir",
+    "image_jsonl_file": "metadata_file",
+    "flux_kontext_no_resize_control": "no_resize_control",
+    "qwen_image_edit_no_resize_control": "no_resize_control",
+    "qwen_image_edit_control_resolution": "control_resolution",
+}
 NOT_READ = {
+    "cache_directory": "entries are found by their content and may share a folder; give --cache_dir",
     "network_multiplier": "sd-scripts accepts it and never uses it",
     "custom_attributes": "its one use in sd-scripts, diff_output_preservation, is not offered",
     "cache_info": "sizes and captions are always remembered",
@@ -174,8 +193,11 @@ def _from_table(table: Mapping[str, Any], source: str, folder: Path, options: An
 def _dataset(entry: Any, general: Mapping[str, Any], source: str, folder: Path, options: Any) -> DatasetSpec:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{source}: it is no table")
-    subsets = entry.get("subsets", [])
-    own = _checked({k: v for k, v in entry.items() if k != "subsets"}, "[[datasets]]", source)
+    subsets, entry = entry.get("subsets"), {k: v for k, v in entry.items() if k != "subsets"}
+    if subsets is None:  # musubi-tuner's form: a dataset that names its own files is its only subset
+        files = {k: v for k, v in entry.items() if ALIASES.get(k, k) in SUBSET_ONLY}
+        entry, subsets = {k: v for k, v in entry.items() if k not in files}, [files] if files else []
+    own = _checked(entry, "[[datasets]]", source)
     if not isinstance(subsets, Sequence) or isinstance(subsets, str) or not subsets:
         raise ConfigError(f"{source}: there is no [[datasets.subsets]] table in it")
     values = {f.name: _look_up(f.name, (own, general), options) for f in fields(DatasetSpec) if f.name != "subsets"}
@@ -203,6 +225,8 @@ def _subset(own: dict, dataset: dict, general: dict, place: str, folder: Path, o
     for key in SUBSET_ONLY:
         if isinstance(values.get(key), str):
             values[key] = _beside(folder, values[key])
+        elif isinstance(values.get(key), tuple):
+            values[key] = tuple(_beside(folder, value) for value in values[key])
     if "image_dir" not in values and "metadata_file" not in values:
         raise ConfigError(f"{place}: image_dir (or metadata_file) is missing")
     if "conditioning_data_dir" in values and not options.masked_loss:
@@ -215,12 +239,20 @@ def _subset(own: dict, dataset: dict, general: dict, place: str, folder: Path, o
             f"{place}: resize_interpolation '{interpolation}' is not known (known: {', '.join(INTERPOLATIONS)})"
         )
     spec = SubsetSpec(**values)
-    if options.cache_latents and (spec.color_aug or spec.random_crop or spec.face_crop_aug_range):
+    _check_subset(spec, place, options)
+    return spec
+
+
+def _check_subset(spec: SubsetSpec, place: str, options: Any) -> None:
+    """What excludes each other inside of a subset. Raises ConfigError."""
+    if spec.moving and options.cache_latents:
         raise ConfigError(
             f"{place}: color_aug, random_crop and face_crop_aug_range change the picture every time, "
             "so its latents cannot be cached; leave out one or the other"
         )
-    return spec
+    for folder in spec.control_directory:
+        if spec.image_dir and Path(folder).resolve() == Path(spec.image_dir).resolve():
+            raise ConfigError(f"{place}: control_directory {folder} is the image_dir; give controls their own")
 
 
 def _beside(folder: Path, value: str) -> str:
@@ -244,12 +276,15 @@ def _checked(table: Any, level: str, source: str) -> dict[str, Any]:
     if not isinstance(table, Mapping):
         raise ConfigError(f"{source}: {level} is no table")
     known, out = LEVELS[level], {}
-    for key, value in table.items():
+    for given, value in table.items():
+        key = ALIASES.get(given, given)
         if key in NOT_READ:
             raise ConfigError(f"{source}, {level}: '{key}' is not read: {NOT_READ[key]}")
+        if key in out:
+            raise ConfigError(f"{source}, {level}: '{given}' is another name of '{key}', which is there, too")
         if key not in known:
             other = next((name for name, keys in LEVELS.items() if key in keys), None)
-            hint = f"; it belongs in {other}" if other else nearest(key, known)
+            hint = f"; it belongs in {other}" if other else nearest(key, [*known, *SUBSET_ONLY])
             raise ConfigError(f"{source}, {level}: '{key}' is not known here{hint}")
         out[key] = _typed(key, value, known[key], f"{source}, {level}")
     return out
@@ -267,6 +302,10 @@ def _typed(key: str, value: Any, kind: str, where: str) -> Any:
     if kind in good:
         if good[kind]:
             return value
+    elif kind == TEXTS:
+        texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+        if texts and all(isinstance(text, str) for text in texts):
+            return texts
     else:
         parts = (
             value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]

@@ -11,59 +11,24 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.data import buckets, scan
+from library.data import buckets, controls
 from library.data.buckets import Placement
 from library.data.captions import has_tags
-from library.data.config import DatasetSpec, SubsetSpec, load_dataset_config
+from library.data.config import DatasetSpec, load_dataset_config
+from library.data.items import Item, Report, names
+from library.data.sources import item_of, read_subset
 from library.errors import ConfigError, DatasetError
-
-SHOWN = 5  # file names in one message
-BLANK = Placement((0, 0), (0, 0), 0, 0)  # before an item is placed
-
-
-@dataclass(slots=True)
-class Item:
-    index: int
-    file: str
-    caption: str
-    size: tuple[int, int]
-    stat: tuple[int, int]
-    subset: SubsetSpec
-    dataset: int
-    placement: Placement
-    repeats: int
-    is_reg: bool
-    weight: float
-    mask_path: Path | None = None
-
-    @property
-    def path(self) -> Path:
-        """Made when it is asked for: 20,000 Path objects cost more than listing their folder."""
-        return Path(self.file)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
     dataset: int
-    bucket: tuple[int, int]
+    bucket: tuple[int, ...]
     entries: tuple[tuple[int, int], ...]  # (item, repeat)
-
-
-@dataclass
-class Report:
-    found: int = 0
-    trained: int = 0
-    held_out: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> pictures
-    notes: list[str] = field(default_factory=list)
-
-    def drop(self, reason: str, count: int) -> None:
-        if count:
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
 
 
 def _digest(*parts: int) -> int:
@@ -84,16 +49,18 @@ class Dataset:
         self, specs: tuple[DatasetSpec, ...], items: list[Item], held_out: list[Item], report: Report, seed: int
     ) -> None:
         self.specs, self.items, self.validation, self.report, self.seed = specs, items, held_out, report, seed
-        self.groups: dict[tuple[int, tuple[int, int]], list[tuple[int, int]]] = defaultdict(list)
+        # (dataset, bucket, buckets of the controls) -> (item, repeat): what can be in one batch
+        self.groups: dict[tuple[int, tuple, tuple], list[tuple[int, int]]] = defaultdict(list)
         for item in items:
-            self.groups[item.dataset, item.placement.bucket] += [(item.index, k) for k in range(item.repeats)]
+            entries = self.groups[item.dataset, item.bucket, item.control_buckets]
+            entries += [(item.index, k) for k in range(item.repeats)]
         self._order: tuple[int, list[BatchPlan]] = (-1, [])
 
     def batches(self, epoch: int) -> list[BatchPlan]:
         """Every batch of an epoch: repeats shuffled inside their bucket, the last batch short, batches shuffled."""
         if self._order[0] != epoch:
             rng, plans = random.Random(_digest(self.seed, epoch)), []
-            for (dataset, bucket), entries in self.groups.items():
+            for (dataset, bucket, _), entries in self.groups.items():
                 entries, size = list(entries), self.specs[dataset].batch_size
                 rng.shuffle(entries)
                 plans += [
@@ -111,10 +78,11 @@ class Dataset:
             f"+ dropped {sum(r.dropped.values())}"
         ]
         lines += [f"  dropped {count}: {reason}" for reason, count in r.dropped.items()]
-        for (dataset, bucket), entries in sorted(self.groups.items()):
-            size = self.specs[dataset].batch_size
+        for (dataset, bucket, beside), entries in sorted(self.groups.items()):
+            size, seen = self.specs[dataset].batch_size, ", ".join(f"{w}x{h}" for w, h in beside)
             lines.append(
-                f"  dataset {dataset + 1}, bucket {bucket[0]}x{bucket[1]}: {len({i for i, _ in entries})} pictures, "
+                f"  dataset {dataset + 1}, bucket {'x'.join(map(str, bucket))}{seen and ' with controls ' + seen}: "
+                f"{len({i for i, _ in entries})} pictures, "
                 f"{len(entries)} with repeats, {math.ceil(len(entries) / size)} batches of {size}"
             )
         return "\n".join(lines + [f"  note: {note}" for note in r.notes])
@@ -152,8 +120,11 @@ class Dataset:
         return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
-def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
-    """Scan, check, split and place. Raises ConfigError for the description and DatasetError for the files."""
+def prepare(options: Any, family: Any, pixel_multiple: int, *, max_controls: int | None = None) -> Dataset:
+    """Scan, check, split and place. Raises ConfigError for the description and DatasetError for the files.
+
+    `max_controls` is how many control pictures the model takes with one picture; None = any number.
+    """
     specs = load_dataset_config(options)
     report, trained, held_out = Report(), [], []
     seen: set[tuple] = set()
@@ -162,7 +133,7 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
         items = []
         for subset in spec.subsets:
             key = (number, subset.source, subset.conditioning_data_dir)
-            rows = _read_subset(subset, options, report)
+            rows = read_subset(subset, options, report)
             report.found += len(rows)
             if key in seen or subset.num_repeats < 1:
                 report.drop(
@@ -170,10 +141,11 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
                 )
                 continue
             seen.add(key)
-            items += [_item(row, subset, number, options) for row in rows]
+            items += [item_of(row, subset, number, options) for row in rows]
         items = _balance(items, report)
         train, held = _split(items, spec, options)
         _place(train + held, spec)
+        _place_controls(train + held, pixel_multiple, max_controls)
         trained += train
         held_out += held
     for k, item in enumerate(trained):
@@ -207,64 +179,6 @@ def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
             f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is no multiple of {multiple}; "
             "change it or set enable_bucket = true"
         )
-
-
-def _read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.Found]:
-    if subset.metadata_file:
-        from library.data.metadata_file import read_metadata
-
-        rows = read_metadata(subset)
-    else:
-        folder = Path(subset.image_dir or "")
-        if not folder.is_dir():
-            raise DatasetError(f"image_dir {folder}: no such folder")
-        index = (
-            Path(options.cache_dir) / _digest_text(str(folder.resolve()))
-            if options.cache_dir
-            else folder / ".lorasmith"
-        )
-        rows, others = scan.scan_folder(folder, subset.caption_extension, index)
-        masks_or_texts = [
-            name for name in others if Path(name).suffix not in (".txt", ".caption", ".json", ".npz", ".toml", ".md")
-        ]
-        if masks_or_texts:
-            report.notes.append(
-                f"{folder}: {len(masks_or_texts)} files are no pictures ({', '.join(sorted(masks_or_texts)[:3])})"
-            )
-        if not rows:
-            raise DatasetError(f"image_dir {folder}: there is no picture in it ({', '.join(sorted(scan.EXTENSIONS))})")
-    if faults := scan.problems(rows):
-        raise DatasetError(
-            f"{len(faults)} pictures cannot be used: {'; '.join(faults[:SHOWN])}; repair them or take them out"
-        )
-    return rows
-
-
-def _digest_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _item(row: scan.Found, subset: SubsetSpec, number: int, options: Any) -> Item:
-    caption = row.caption or subset.class_tokens
-    if caption is None:
-        what = "is empty" if row.caption is not None else "is missing"
-        raise DatasetError(
-            f"{row.path}: its caption ({Path(row.path).stem}{subset.caption_extension}) {what}; "
-            "write one, or give the subset class_tokens as the caption of all"
-        )
-    mask = _mask_of(Path(row.path), subset) if subset.conditioning_data_dir else None
-    weight = options.prior_loss_weight if subset.is_reg else 1.0
-    return Item(
-        0, row.path, caption, row.size, row.stat, subset, number, BLANK, subset.num_repeats, subset.is_reg, weight, mask
-    )
-
-
-def _mask_of(path: Path, subset: SubsetSpec) -> Path:
-    folder = Path(subset.conditioning_data_dir or "")
-    mask = next((p for e in sorted(scan.EXTENSIONS) if (p := folder / (path.stem + e)).is_file()), None)
-    if mask is None:
-        raise DatasetError(f"{path}: there is no mask {path.stem}.* in {folder}")
-    return mask
 
 
 def _balance(items: list[Item], report: Report) -> list[Item]:
@@ -306,6 +220,21 @@ def _place(items: Iterable[Item], spec: DatasetSpec) -> None:
             else:
                 known[item.size] = buckets.assign(item.size, predefined)
         item.placement = known[item.size]
+
+
+def _place_controls(items: Iterable[Item], unit: int, most: int | None) -> None:
+    """Raises DatasetError naming items that have more controls than the model takes."""
+    with_controls = [item for item in items if item.controls]
+    if most is not None and (over := [item.path.name for item in with_controls if len(item.controls) > most]):
+        takes = f"{most} control pictures" if most else "no control pictures"
+        raise DatasetError(f"this model takes {takes}, but {names(over)} have more; take them out of the dataset")
+    for item in with_controls:
+        area = item.subset.control_resolution
+        if area and min(area) < unit:
+            raise ConfigError(f"control_resolution {area[0]}x{area[1]} is below {unit}, which this model needs")
+        item.control_placements = tuple(
+            controls.placement(size, item.placement.bucket, item.subset, unit) for size in item.control_sizes
+        )
 
 
 def changing_items(items: Iterable[Item]) -> list[Item]:

@@ -11,8 +11,11 @@ import numpy as np
 from library.errors import DatasetError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from library.data.buckets import Placement
-    from library.data.dataset import Item
+    from library.data.config import SubsetSpec
+    from library.data.items import Item
 
 RECIPE = 1  # raised when the same options begin to give other pixels
 
@@ -26,9 +29,20 @@ class Picture:
 
 def preprocessing_key(item: Item) -> str:
     """Everything besides the file's bytes that decides the pixels of an unaugmented picture."""
-    p, s = item.placement, item.subset
-    how = f"by {s.resize_interpolation} alpha {s.alpha_mask}"
-    return f"recipe {RECIPE} bucket {p.bucket} resized {p.resized} crop {p.left},{p.top} {how}"
+    return f"{placement_key(item.placement, item.subset)} alpha {item.subset.alpha_mask}"
+
+
+def placement_key(placement: Placement, subset: SubsetSpec) -> str:
+    """How a decoded picture became its pixels."""
+    where = f"bucket {placement.bucket} resized {placement.resized} crop {placement.left},{placement.top}"
+    return f"recipe {RECIPE} {where} by {subset.resize_interpolation}"
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 [H,W,3] -> float32 [3,H,W] in -1..1."""
+    import torch
+
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:

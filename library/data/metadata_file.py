@@ -1,8 +1,10 @@
-"""Metadata files of the fine-tuning form: JSON {path: {caption, tags, image_size}} or JSONL with image_path."""
+"""Metadata files: JSON {path: {caption, tags, control_path, ...}} or JSONL, a line a picture, with its image_path."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def _entries(text: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _found(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
-    picture = _picture(key, subset)
+    picture = _picture(key, (subset.image_dir,) if subset.image_dir else (), source)
     if picture is None:
         raise DatasetError(
             f"metadata_file {source}: {key} is not found" + (f" in {subset.image_dir}" if subset.image_dir else "")
@@ -53,15 +55,54 @@ def _found(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) ->
         found.caption = "\n".join(f"{line}{joined}{tags}" for line in caption.splitlines() if line.strip())
     else:
         found.caption = joined.join(part for part in (caption, tags) if part)
-    try:
-        found.size = picture_size(str(picture))  # the file decides: an image_size may be stale
-    except (OSError, ValueError, SyntaxError) as error:
-        found.problem = f"its header cannot be read ({error})"
+    found.size, found.problem = _size(picture)
+    found.controls, lost = _controls(key, entry, subset, source)
+    if lost:
+        found.problem = f"its control picture {lost[0]} is not found"
     return found
 
 
-def _picture(key: str, subset: SubsetSpec) -> Path | None:
-    base = Path(key) if Path(key).is_absolute() or not subset.image_dir else Path(subset.image_dir) / key
-    if base.suffix.lower() in EXTENSIONS:
-        return base if base.is_file() else None
-    return next((p for e in sorted(EXTENSIONS) if (p := base.with_name(base.name + e)).is_file()), None)
+def _size(picture: Path) -> tuple[tuple[int, int] | None, str]:
+    """(width, height) or None, and what is wrong; the file decides: an image_size may be stale."""
+    try:
+        return picture_size(str(picture)), ""
+    except (OSError, ValueError, SyntaxError) as error:
+        return None, f"its header cannot be read ({error})"
+
+
+def _controls(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> tuple[tuple[Found, ...], list[str]]:
+    """The pictures of control_path, or of control_path_0, control_path_1, ... by number; and what is not found."""
+    given: dict[int, str] = {}
+    for name, value in entry.items():
+        if not name.startswith("control") or value is None:
+            continue
+        match = re.fullmatch(r"control_path(?:_(\d+))?", name)
+        number = int(match[1] or 0) if match else 0
+        if match is None or number in given or not isinstance(value, str):
+            raise DatasetError(
+                f"metadata_file {source}: {key} has {name} = {value!r}; a control picture is the text of control_path, "
+                "several are control_path_0, control_path_1, ..."
+            )
+        given[number] = value
+    out, lost = [], []
+    for _, value in sorted(given.items()):
+        control = _picture(value, subset.control_directory, source)
+        if control is None:
+            lost.append(value)
+            continue
+        size, problem = _size(control)
+        stat = control.stat()
+        out.append(Found(str(control), (stat.st_size, stat.st_mtime_ns), size, None, problem))
+    return tuple(out), lost
+
+
+def _picture(key: str, folders: Sequence[str], source: Path) -> Path | None:
+    """A path of the file: absolute, in one of `folders`, else in the working directory or beside the metadata file."""
+    places = [Path(folder) for folder in folders] or [Path("."), source.parent]
+    for base in (place / key for place in places):  # an absolute key stays what it is
+        if base.suffix.lower() in EXTENSIONS:
+            if base.is_file():
+                return base
+        elif found := next((p for e in sorted(EXTENSIONS) if (p := base.with_name(base.name + e)).is_file()), None):
+            return found
+    return None

@@ -27,10 +27,16 @@ class Found:
     size: tuple[int, int] | None  # width, height as shown (after EXIF orientation); None: the header cannot be read
     caption: str | None  # text of the caption file; None: there is none
     problem: str = ""
+    controls: tuple[Found, ...] = ()  # control pictures, in their order
 
 
-def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None) -> tuple[list[Found], list[str]]:
-    """Every picture directly in `folder`, sorted by name, and the names of files that are neither picture nor text."""
+def scan_folder(
+    folder: Path, caption_extension: str | None, index_folder: Path | None
+) -> tuple[list[Found], list[str]]:
+    """Every picture directly in `folder`, sorted by name, and the names of files that are neither picture nor text.
+
+    Without a caption extension no captions are read.
+    """
     entries: dict[str, os.DirEntry] = {}
     captions: dict[str, os.DirEntry] = {}
     others = []
@@ -39,7 +45,7 @@ def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None)
             _, _, extension = entry.name.rpartition(".")  # os.path.splitext costs three times as much
             if "." + extension.lower() in EXTENSIONS:
                 entries[entry.name] = entry
-            elif entry.name.endswith(caption_extension):
+            elif caption_extension and entry.name.endswith(caption_extension):
                 captions[entry.name[: -len(caption_extension)]] = entry
             elif not entry.name.startswith(".") and entry.is_file():
                 others.append(entry.name)
@@ -83,7 +89,7 @@ def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: _Index) ->
 class _Index:
     """name -> [key, width, height, caption] of one folder; a damaged or foreign file is as good as none."""
 
-    def __init__(self, folder: Path | None, pictures: Path, extension: str) -> None:
+    def __init__(self, folder: Path | None, pictures: Path, extension: str | None) -> None:
         self.path = folder / INDEX if folder else None
         self.head = {"version": 1, "folder": str(pictures.resolve()), "extension": extension}
         self.known: dict[str, list] = {}

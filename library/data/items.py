@@ -1,0 +1,68 @@
+"""What a dataset is made of: items, each one picture with all that belongs to it, and the account of all files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.data.buckets import Placement
+
+if TYPE_CHECKING:
+    from library.data.config import SubsetSpec
+
+SHOWN = 5  # file names in one message
+BLANK = Placement((0, 0), (0, 0), 0, 0)  # before an item is placed
+
+
+@dataclass(slots=True)
+class Item:
+    index: int
+    file: str
+    caption: str
+    size: tuple[int, int]
+    stat: tuple[int, int]
+    subset: SubsetSpec
+    dataset: int
+    placement: Placement
+    repeats: int
+    is_reg: bool
+    weight: float
+    mask_path: Path | None = None
+    controls: tuple[Path, ...] = ()  # control pictures, in their order
+    control_sizes: tuple[tuple[int, int], ...] = ()  # as their files show them
+    control_placements: tuple[Placement, ...] = ()  # how each becomes what the model sees
+
+    @property
+    def path(self) -> Path:
+        """Made when it is asked for: 20,000 Path objects cost more than listing their folder."""
+        return Path(self.file)
+
+    @property
+    def bucket(self) -> tuple[int, ...]:
+        """Sides of what is trained: items of one batch have equal ones."""
+        return self.placement.bucket
+
+    @property
+    def control_buckets(self) -> tuple[tuple[int, int], ...]:
+        """Sides of the control pictures; equal ones in a batch, too."""
+        return tuple(placement.bucket for placement in self.control_placements)
+
+
+@dataclass
+class Report:
+    found: int = 0
+    trained: int = 0
+    held_out: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> pictures
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, count: int) -> None:
+        if count:
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+def names(paths: list[str], shown: int = SHOWN) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
+    return ", ".join(paths[:shown]) + more

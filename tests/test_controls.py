@@ -1,0 +1,292 @@
+"""Control pictures: which belong together, in which size they are seen, what is refused by name; musubi-tuner's rules."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import options, picture
+
+from library.data import buckets, controls, images
+from library.data.cache import ContentHashes
+from library.data.dataset import prepare
+from library.errors import ConfigError, DatasetError
+
+HEAD = "[[datasets]]\nresolution = 64\nbatch_size = 2\n"
+
+
+@pytest.fixture
+def targets(tmp_path):
+    """Three 64-pixel pictures a, b, c with captions."""
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    for name in "abc":
+        picture(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"make it {name}", encoding="utf-8")
+    return folder
+
+
+def made(folder: Path, *names: str, size=(64, 64)) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        picture(folder / name, size)
+    return folder
+
+
+def prepared(tmp_path, targets, extra="", max_controls=None, head=HEAD, **changes):
+    text = f"{head}[[datasets.subsets]]\nimage_dir = {json.dumps(str(targets))}\ncaption_extension = '.txt'\n{extra}"
+    (tmp_path / "data.toml").write_text(text, encoding="utf-8")
+    chosen = options(dataset_config=str(tmp_path / "data.toml"), **changes)
+    return prepare(chosen, None, 16, max_controls=max_controls)
+
+
+def beside(data):
+    return {item.path.stem: [control.name for control in item.controls] for item in data.items}
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_controls_are_found_by_equal_stems_and_by_number_in_every_folder(tmp_path, targets):
+    made(tmp_path / "one", "a.jpg", "b.png", "c.webp")
+    assert beside(prepared(tmp_path, targets, "control_directory = 'one'\n")) == {
+        "a": ["a.jpg"], "b": ["b.png"], "c": ["c.webp"],
+    }  # fmt: skip
+    made(tmp_path / "two", "a_0.png", "a_1.png", "b.png", "c_0010.png", "c_0000.png")
+    for n in range(1, 10):
+        picture(tmp_path / "two" / f"c_{n:04d}.png")
+    found = beside(prepared(tmp_path, targets, "control_directory = ['two', 'one']\n"))
+    assert found["a"] == ["a_0.png", "a_1.png", "a.jpg"] and found["b"] == ["b.png", "b.png"]
+    assert found["c"] == [f"c_{n:04d}.png" for n in range(11)] + ["c.webp"]
+
+
+def test_all_pictures_without_a_control_are_named_and_a_control_without_a_picture_is_noted(tmp_path, targets):
+    made(tmp_path / "one", "b.png")
+    with pytest.raises(DatasetError, match=r"2 pictures have no control picture in .*one: a\.png, c\.png"):
+        prepared(tmp_path, targets, "control_directory = 'one'\n")
+    made(tmp_path / "one", "a.png", "c.png", "d.png")
+    notes = prepared(tmp_path, targets, "control_directory = 'one'\n").print_table()
+    assert "1 control pictures belong to no picture (d.png)" in notes
+
+
+def test_pictures_whose_names_end_in_numbers_keep_their_own_controls(tmp_path, targets):
+    picture(targets / "a_1.png")
+    (targets / "a_1.txt").write_text("another", encoding="utf-8")
+    made(tmp_path / "one", "a.png", "a_1.png", "b.png", "c.png")
+    assert beside(prepared(tmp_path, targets, "control_directory = 'one'\n")) == {
+        name: [f"{name}.png"] for name in ("a", "a_1", "b", "c")
+    }
+    (tmp_path / "one" / "a.png").rename(tmp_path / "one" / "a_0.png")
+    with pytest.raises(DatasetError, match=r"a_1\.png fits the picture a\.png by its number and the picture a_1"):
+        prepared(tmp_path, targets, "control_directory = 'one'\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (("a_0.png", "a_2.png"), r"a_0.png, a_2.png, the control pictures of a.png, .* number 1 is missing"),
+        (("a_2.png",), r"number 1 is missing"),
+        (("a.png", "a.jpg"), r"a\.jpg and a\.png are the same control picture"),
+        (("a_1.png", "a_01.png"), r"a_01\.png and a_1\.png are the same control picture"),
+    ],
+)
+def test_incomplete_and_double_controls_are_named(tmp_path, targets, names, match):
+    made(tmp_path / "one", *names, "b.png", "c.png")
+    with pytest.raises(DatasetError, match=match):
+        prepared(tmp_path, targets, "control_directory = 'one'\n")
+
+
+def test_a_damaged_control_and_a_missing_folder_are_named(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png")
+    (tmp_path / "one" / "b.png").write_bytes(b"\x89PNG is not enough")
+    with pytest.raises(DatasetError, match=r"control pictures cannot be used: .*b\.png"):
+        prepared(tmp_path, targets, "control_directory = 'one'\n")
+    with pytest.raises(DatasetError, match="control_directory elsewhere: no such folder"):
+        prepared(tmp_path, targets, "control_directory = 'elsewhere'\n")
+
+
+def from_lines(tmp_path, lines, extra="", suffix="jsonl"):
+    path = tmp_path / f"meta.{suffix}"
+    text = "\n".join(map(json.dumps, lines)) if suffix == "jsonl" else json.dumps(lines)
+    path.write_text(text, encoding="utf-8")
+    (tmp_path / "m.toml").write_text(
+        f"{HEAD}[[datasets.subsets]]\nmetadata_file = {json.dumps(str(path))}\n{extra}", encoding="utf-8"
+    )
+    return prepare(options(dataset_config=str(tmp_path / "m.toml")), None, 16)
+
+
+def test_metadata_files_name_controls_in_the_order_of_their_numbers(tmp_path, targets):
+    made(tmp_path / "one", "x.png", "y.png", "z.png", "c.png")
+    first = {"image_path": "targets/a.png", "caption": "a", "control_path": "one/x.png"}
+    second = {"image_path": "targets/b.png", "caption": "b", "control_path_10": "one/z.png"}
+    second |= {"control_path_1": "one/y.png", "control_path_0": "one/x"}
+    third = {"image_path": "targets/c.png", "caption": "c", "control_path": None}  # text to image beside edits
+    data = from_lines(tmp_path, [first, second, third])
+    assert beside(data) == {"a": ["x.png"], "b": ["x.png", "y.png", "z.png"], "c": []}
+    entries = {line.pop("image_path"): line for line in (first, second, third)}
+    assert beside(from_lines(tmp_path, entries, suffix="json")) == beside(data)
+    entries["targets/a.png"]["control_path"] = "x.png"
+    entries["targets/b.png"] = {"caption": "b", "control_path": "y.png"}
+    folder = f"control_directory = {json.dumps(str(tmp_path / 'one'))}\n"
+    assert beside(from_lines(tmp_path, entries, folder, "json")) == {"a": ["x.png"], "b": ["y.png"], "c": ["c.png"]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ({"control_path": "one/gone.png"}, r"a\.png: its control picture one/gone\.png is not found"),
+        ({"control_paths": ["one/x.png"]}, "has control_paths = "),
+        ({"control_path": "one/x.png", "control_path_0": "one/x.png"}, "has control_path_0 = "),
+    ],
+)
+def test_mistakes_in_metadata_files_are_named(tmp_path, targets, entry, match):
+    made(tmp_path / "one", "x.png")
+    with pytest.raises(DatasetError, match=match):
+        from_lines(tmp_path, [{"image_path": "targets/a.png", "caption": "a", **entry}])
+
+
+# ---------------------------------------------------------------- sizes and pixels
+
+
+def test_by_default_a_control_covers_the_bucket_of_its_picture(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png", size=(200, 100))
+    for item in prepared(tmp_path, targets, "control_directory = 'one'\n").items:
+        assert item.control_buckets == ((64, 64),)
+        whole = np.asarray(Image.open(item.controls[0]))
+        expected = images.resize(whole, (128, 64), "area")[:, 32:96]
+        (tensor,) = controls.load(item)
+        assert tensor.shape == (3, 64, 64) and tensor.dtype == torch.float32
+        assert torch.equal(tensor, torch.from_numpy(expected.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_no_resize_control_keeps_the_pixels_and_cuts_both_sides_to_the_unit(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png", size=(203, 100))
+    item = prepared(tmp_path, targets, "control_directory = 'one'\nno_resize_control = true\n").items[0]
+    (tensor,) = controls.load(item)
+    whole = np.asarray(Image.open(item.controls[0]))
+    left, top = (203 - 192) // 2, (100 - 96) // 2
+    expected = whole[top : top + 96, left : left + 192].astype(np.float32)
+    assert torch.equal(tensor, torch.from_numpy(expected).permute(2, 0, 1) / 127.5 - 1)
+    assert buckets.cropped((10, 40), 16).bucket == (16, 32)  # too small for one unit: enlarged to it
+
+
+def test_control_resolution_gives_the_area_in_the_controls_own_proportions():
+    generator = random.Random(0)
+    for _ in range(300):
+        size = (generator.randint(200, 3000), generator.randint(200, 3000))
+        area = generator.randint(256, 1024) ** 2
+        side = int(area**0.5)
+        placed = buckets.of_area(size, (side, side), 16)
+        (w, h), ratio = placed.bucket, size[0] / size[1]
+        assert w % 16 == h % 16 == 0 and w * h <= side * side
+        if 0.25 < ratio < 4:  # of ALL sizes that fill the area none comes nearer to the proportions
+            every = [(x, side * side // x // 16 * 16) for x in range(16, side * 16, 16) if side * side // x >= 16]
+            assert abs(w / h - ratio) <= min(abs(x / y - ratio) for x, y in every) + 1e-9
+            assert placed.resized[0] >= w and placed.resized[1] >= h
+    assert buckets.of_area((5000, 10), (64, 64), 16).bucket == (256, 16)
+
+
+def test_both_keys_together_make_the_resolution_an_upper_limit(tmp_path, targets):
+    made(tmp_path / "one", "a.png", size=(400, 200))
+    made(tmp_path / "one", "b.png", "c.png", size=(90, 50))
+    extra = "control_directory = 'one'\ncontrol_resolution = 128\n"
+    data = prepared(tmp_path, targets, extra)
+    assert [item.control_buckets for item in data.items] == [((176, 80),), ((160, 96),), ((160, 96),)]
+    limited = prepared(tmp_path, targets, extra + "no_resize_control = true\n")
+    assert [item.control_buckets for item in limited.items] == [((176, 80),), ((80, 48),), ((80, 48),)]
+    shapes = [tuple(tensor.shape) for item in limited.items for tensor in controls.load(item)]
+    assert shapes == [(3, 80, 176), (3, 48, 80), (3, 48, 80)]
+
+
+def test_controls_are_upright_on_white_and_mirrored_with_their_picture(tmp_path, targets):
+    made(tmp_path / "one", "b.png", "c.png")
+    base = np.zeros((64, 64, 3), np.uint8)
+    base[:, :32] = (255, 0, 0)  # left half red as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # left becomes top
+    Image.fromarray(base).save(tmp_path / "one" / "a.png", exif=exif)
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[:, :16] = (0, 0, 255, 255)
+    Image.fromarray(rgba).save(tmp_path / "one" / "b.png")
+    upright, clear, _ = prepared(tmp_path, targets, "control_directory = 'one'\n").items
+    (tensor,) = controls.load(upright)
+    assert (tensor[0, :32] == 1).all() and (tensor[0, 32:] == -1).all()
+    (tensor,) = controls.load(clear)
+    assert (tensor[:, :, 16:] == 1).all() and (tensor[0, :, :16] == -1).all()
+    assert torch.equal(controls.load(clear, flipped=True)[0], tensor.flip(-1))
+
+
+# ---------------------------------------------------------------- batches, limits, caches
+
+
+def test_controls_of_unequal_sizes_and_pictures_without_are_never_in_one_batch(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", size=(128, 64))
+    made(tmp_path / "one", "c.png", size=(64, 128))
+    plain = made(tmp_path / "plain", "p.png", "q.png")
+    extra = "control_directory = 'one'\nno_resize_control = true\n"
+    extra += f"[[datasets.subsets]]\nimage_dir = {json.dumps(str(plain))}\nclass_tokens = 'thing'\n"
+    data = prepared(tmp_path, targets, extra)
+    batches = {frozenset(data.items[i].path.stem for i, _ in plan.entries) for plan in data.batches(0)}
+    assert batches == {frozenset("ab"), frozenset("c"), frozenset("pq")}
+    table = data.print_table()
+    assert "bucket 64x64 with controls 128x64: 2 pictures" in table and "bucket 64x64: 2 pictures" in table
+
+
+def test_more_controls_than_the_model_takes_are_refused_by_name(tmp_path, targets):
+    made(tmp_path / "one", "a_0.png", "a_1.png", "b.png", "c.png")
+    extra = "control_directory = 'one'\n"
+    assert len(prepared(tmp_path, targets, extra, max_controls=2).items) == 3
+    with pytest.raises(DatasetError, match=r"takes 1 control pictures, but a\.png have more"):
+        prepared(tmp_path, targets, extra, max_controls=1)
+    with pytest.raises(DatasetError, match="takes no control pictures"):
+        prepared(tmp_path, targets, extra, max_controls=0)
+
+
+def test_what_changes_a_picture_alone_is_refused_beside_controls(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png")
+    with pytest.raises(ConfigError, match=r"random_crop would change a\.png and not its controls"):
+        prepared(tmp_path, targets, "control_directory = 'one'\nrandom_crop = true\n")
+    with pytest.raises(ConfigError, match="is the image_dir"):
+        prepared(tmp_path, targets, f"control_directory = {json.dumps(str(targets))}\n")
+
+
+def test_the_identity_of_a_cache_entry_knows_content_size_and_order_of_its_controls(tmp_path, targets):
+    made(tmp_path / "one", "a_0.png", "a_1.png", "b.png", "c.png")
+
+    def identities(extra=""):
+        data = prepared(tmp_path, targets, "control_directory = 'one'\n" + extra)
+        return [controls.identity(item, ContentHashes(None)) for item in data.items]
+
+    first = identities()
+    assert first == identities() and len(set(first)) == 3
+    assert all(a != b for a, b in zip(first, identities("control_resolution = 128\n"), strict=True))
+    a, b = tmp_path / "one" / "a_0.png", tmp_path / "one" / "a_1.png"
+    swapped = a.read_bytes(), b.read_bytes()
+    b.write_bytes(swapped[0]), a.write_bytes(swapped[1])
+    second = identities()
+    assert second[0] != first[0] and second[1:] == first[1:]
+    assert controls.identity(prepared(tmp_path, targets).items[0], ContentHashes(None)) == ""
+
+
+def test_musubis_form_is_read_a_dataset_that_names_its_own_files_and_older_names(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png")
+    head = (
+        "[general]\nresolution = [64, 64]\ncaption_extension = '.txt'\nqwen_image_edit_control_resolution = [32, 32]\n"
+    )
+    body = "[[datasets]]\nimage_directory = 'targets'\ncontrol_directory = 'one'\n"
+    (tmp_path / "m.toml").write_text(head + body, encoding="utf-8")
+    data = prepare(options(dataset_config=str(tmp_path / "m.toml")), None, 16)
+    assert len(data.items) == 3 and all(item.control_buckets == ((32, 32),) for item in data.items)
+    for line, match in {
+        "control_directry = 'x'\n": "did you mean 'control_directory'",
+        "cache_directory = 'x'\n": "give --cache_dir",
+        "image_dir = 'x'\n": "is another name",
+        "control_directory = 3\n": "is not a text or a list of texts",
+    }.items():
+        text = head + body + line if "control_directory" not in line else head + body.split("control")[0] + line
+        (tmp_path / "m.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=match):
+            prepare(options(dataset_config=str(tmp_path / "m.toml")), None, 16)
