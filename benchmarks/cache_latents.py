@@ -52,9 +52,7 @@ def main() -> None:
             "z_image", [*argv, "--cache_latents_to_disk", "--vae_batch_size", str(BATCH)], "benchmark"
         )
         data, family, vae = prepare(chosen, chosen.family, 16), chosen.family, make_vae()
-        pixels = torch.stack(
-            [strategies.to_tensor(images.load(i, item_rng(0, 0, 0, 0), False).pixels) for i in data.items]
-        )
+        pixels = torch.stack([images.to_tensor(images.load(i, item_rng(0, 0, 0, 0), False).pixels) for i in data.items])
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(arguments.repeats + 1):
             shutil.rmtree(Path(folder) / "pictures" / ".lorasmith", ignore_errors=True)

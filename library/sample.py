@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data import images
+from library.data import buckets, images
+from library.data.images import to_tensor
 from library.families.family import ItemInput
 from library.pictures import grid, save_png
 from library.prompts import fitted, notes, requests_of, seed_of
 from library.runtime import image_tokens
-from library.strategies import to_tensor
 
 if TYPE_CHECKING:
     from library.families.family import Cond, Family
@@ -81,10 +81,19 @@ def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int)
 
 
 def item_of(prompt: Prompt, family: Family, resolution: int) -> ItemInput:
-    """The facts of the picture that a prompt asks for: its size, uncropped, and its control pictures."""
+    """The facts of the picture that a prompt asks for: its size, uncropped, and its control pictures.
+
+    Controls have their own proportions in the area of that picture, as in the pipelines of the edit models.
+    """
     width, height = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.width, prompt.height))
-    controls = tuple(to_tensor(images.decode(path)[0]) for path in prompt.controls)
+    controls = tuple(_control(path, (width, height), family.pixel_multiple) for path in prompt.controls)
     return ItemInput(None, controls, original_size=(width, height), size=(width, height))
+
+
+def _control(path: str, area: tuple[int, int], unit: int) -> Tensor:
+    pixels = images.decode(path)[0]
+    placement = buckets.of_area((pixels.shape[1], pixels.shape[0]), area, unit)
+    return to_tensor(images.place(pixels, placement, None))
 
 
 @torch.no_grad()

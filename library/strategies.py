@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from library.checkpoints import path_of
 from library.components.tokenizers import tokenizer_paths
-from library.data import images
+from library.data import controls, images
 from library.data.cache import ContentHashes, Store
 from library.data.captions import is_changing, variants
 from library.data.dataset import item_rng
+from library.data.images import to_tensor
 from library.errors import ConfigError, DatasetError
 from library.families.family import ItemInput, Text
 
@@ -41,11 +41,6 @@ def cache_folder(options: Any, dataset: Dataset) -> Path:
         return Path(options.cache_dir)
     subset = dataset.items[0].subset
     return (Path(subset.image_dir) if subset.image_dir else Path(subset.metadata_file).parent) / ".lorasmith"
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 [H,W,3] -> float32 [3,H,W] in -1..1."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 # ---------------------------------------------------------------- latents
@@ -77,10 +72,11 @@ class Encoders:
 
 
 def load_item(item: Item, rng: random.Random, flip: bool | None = None) -> tuple[ItemInput, Tensor | None]:
-    """The pixels and facts of an item, and its mask [H,W]."""
+    """The pixels, controls and facts of an item, and its mask [H,W]."""
     loaded, placement = images.load(item, rng, flip), item.placement
     given = ItemInput(
         pixels=to_tensor(loaded.pixels),
+        controls=controls.load(item, loaded.flipped),
         original_size=item.size,
         crop=(placement.left, placement.top),
         size=placement.bucket,
@@ -193,12 +189,12 @@ def _latent_identities(
     made_by = " ".join(hashes.of_tree(Path(path_of(part, options))) for part in parts)
     recipe = f" {family.recipe}" if family.recipe else ""
     with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(lambda job: hashes.of(job[0].path), jobs))
+        contents = list(pool.map(lambda job: (hashes.of(job[0].path), controls.identity(job[0], hashes)), jobs))
     hashes.write()
     return {
         (item.index, flip): f"latents {RECIPE} {family.name}{recipe} vae {made_by} picture {content} flip {flip} "
-        f"{images.preprocessing_key(item)}"
-        for (item, flip), content in zip(jobs, contents, strict=True)
+        f"{images.preprocessing_key(item)}{beside}"
+        for (item, flip), (content, beside) in zip(jobs, contents, strict=True)
     }
 
 
@@ -206,10 +202,10 @@ def encode_latents(
     jobs: list[tuple[Item, bool]], source: CachedLatents, family: Family, encoders: Encoders, size: int
 ) -> None:
     """Encode pictures in batches of one bucket; threads decode the next pictures and write the last ones meanwhile."""
-    order = sorted(jobs, key=lambda job: job[0].placement.bucket)
+    order = sorted(jobs, key=lambda job: job[0].bucket)
     batches: list[list[tuple[Item, bool]]] = []
     for job in order:
-        if batches and len(batches[-1]) < size and batches[-1][0][0].placement.bucket == job[0].placement.bucket:
+        if batches and len(batches[-1]) < size and batches[-1][0][0].bucket == job[0].bucket:
             batches[-1].append(job)
         else:
             batches.append([job])
@@ -355,7 +351,7 @@ def text_source(
 
 def item_controls(item: Item) -> tuple[Path, ...]:
     """The files of an item's control pictures."""
-    return tuple(getattr(item, "controls", ()))
+    return item.controls
 
 
 def _text_identities(requests: Iterable[Request], family: Family, options: Any, folder: Path) -> dict[Request, str]:

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 from test_data import options, picture
 
+from library import strategies
 from library.data import buckets, controls, images
 from library.data.cache import ContentHashes
 from library.data.dataset import prepare
 from library.errors import ConfigError, DatasetError
+from library.families.family import Tokenizer
 
 HEAD = "[[datasets]]\nresolution = 64\nbatch_size = 2\n"
 
@@ -36,11 +39,16 @@ def made(folder: Path, *names: str, size=(64, 64)) -> Path:
     return folder
 
 
-def prepared(tmp_path, targets, extra="", max_controls=None, head=HEAD, **changes):
+def prepared(tmp_path, targets, extra="", family=None, head=HEAD, **changes):
     text = f"{head}[[datasets.subsets]]\nimage_dir = {json.dumps(str(targets))}\ncaption_extension = '.txt'\n{extra}"
     (tmp_path / "data.toml").write_text(text, encoding="utf-8")
     chosen = options(dataset_config=str(tmp_path / "data.toml"), **changes)
-    return prepare(chosen, None, 16, max_controls=max_controls)
+    return prepare(chosen, family, 16)
+
+
+def edits(most, text_pictures=None):
+    """What an edit model says of its control pictures."""
+    return SimpleNamespace(title="Edit", max_controls=most, text_pictures=text_pictures)
 
 
 def beside(data):
@@ -238,17 +246,21 @@ def test_controls_of_unequal_sizes_and_pictures_without_are_never_in_one_batch(t
 def test_more_controls_than_the_model_takes_are_refused_by_name(tmp_path, targets):
     made(tmp_path / "one", "a_0.png", "a_1.png", "b.png", "c.png")
     extra = "control_directory = 'one'\n"
-    assert len(prepared(tmp_path, targets, extra, max_controls=2).items) == 3
+    assert len(prepared(tmp_path, targets, extra, edits(2)).items) == 3
     with pytest.raises(DatasetError, match=r"takes 1 control pictures, but a\.png have more"):
-        prepared(tmp_path, targets, extra, max_controls=1)
+        prepared(tmp_path, targets, extra, edits(1))
     with pytest.raises(DatasetError, match="takes no control pictures"):
-        prepared(tmp_path, targets, extra, max_controls=0)
+        prepared(tmp_path, targets, extra, edits(0))
 
 
 def test_what_changes_a_picture_alone_is_refused_beside_controls(tmp_path, targets):
     made(tmp_path / "one", "a.png", "b.png", "c.png")
     with pytest.raises(ConfigError, match=r"random_crop would change a\.png and not its controls"):
         prepared(tmp_path, targets, "control_directory = 'one'\nrandom_crop = true\n")
+    mirrored = "control_directory = 'one'\nflip_aug = true\n"
+    assert prepared(tmp_path, targets, mirrored, edits(1)).items
+    with pytest.raises(ConfigError, match="flip_aug does not go with Edit"):
+        prepared(tmp_path, targets, mirrored, edits(1, text_pictures=tuple))
     with pytest.raises(ConfigError, match="is the image_dir"):
         prepared(tmp_path, targets, f"control_directory = {json.dumps(str(targets))}\n")
 
@@ -290,3 +302,92 @@ def test_musubis_form_is_read_a_dataset_that_names_its_own_files_and_older_names
         (tmp_path / "m.toml").write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match=match):
             prepare(options(dataset_config=str(tmp_path / "m.toml")), None, 16)
+
+
+# ---------------------------------------------------------------- caching
+
+
+class Edit:
+    """An edit model: its VAE averages 8x8 pixels, controls are cached beside latents, the text encoder sees them."""
+
+    def __init__(self, sees=True):
+        self.name, self.title, self.recipe, self.max_controls = "edit", "Edit", "", 2
+        tokenizer = Tokenizer("tokenizer", "owner/name")
+        self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer),)
+        self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0
+        self.text_pictures = (lambda given: tuple(one[:, ::2, ::2] for one in given)) if sees else None
+
+    def encode_image(self, vae, pixels):
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def encode_item(self, vae, image_encoders, given):
+        self.items += 1
+        size = torch.tensor([*given.original_size, *given.crop, *given.size])
+        return {f"control.{n}": self.encode_image(vae, one) for n, one in enumerate(given.controls)} | {"size": size}
+
+    def encode(self, encoders, tokenizers, text, device):
+        self.texts += 1
+        return {"text": torch.stack([torch.tensor(float(len(text.caption))), *(p.mean() for p in text.pictures)])}
+
+
+def cached(tmp_path, targets, family, extra="", **changes):
+    for name in ("vae", "te"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    files = {"vae": "vae.safetensors", "text_encoder": "te.safetensors", "tokenizer": "vae.safetensors"}
+    values = {"cache_latents": True, "cache_latents_to_disk": True, "cache_text_encoder_outputs": True}
+    values |= {"cache_text_encoder_outputs_to_disk": True, "vae_batch_size": 2, "prior_loss_weight": 1.0}
+    values |= {name: str(tmp_path / file) for name, file in files.items()} | changes
+    extra = "control_directory = 'one'\nno_resize_control = true\n" + extra
+    data = prepared(tmp_path, targets, extra, family, **values)
+    chosen = options(dataset_config="", **values)
+    encoders = strategies.Encoders(lambda: torch.nn.Linear(1, 1), list)
+    latents = strategies.latent_source(data, family, encoders, chosen, say=lambda text: None)
+    text = strategies.text_source(data, family, lambda: ([torch.nn.Linear(1, 1)], []), chosen, say=lambda t: None)
+    return data, latents, text
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_only_what_a_changed_control_decides_is_made_anew(tmp_path, targets, sees):
+    made(tmp_path / "one", "a_0.png", "a_1.png", "b.png", "c.png", size=(80, 64))
+    first, second, third = Edit(sees), Edit(sees), Edit(sees)
+    data, latents, text = cached(tmp_path, targets, first)
+    assert (first.items, first.texts) == (3, 3)
+    for item in data.items:
+        entry = latents.entry(item.index)
+        assert set(entry) == {"latents", "size"} | {f"control.{n}" for n in range(len(item.controls))}
+        for n, control in enumerate(controls.load(item)):
+            assert torch.allclose(entry[f"control.{n}"].float(), first.encode_image(None, control), atol=2e-3)
+        assert entry["size"].tolist() == [64, 64, 0, 0, 64, 64]
+        seen = text.get(strategies.Request.of(first, item.caption, item.controls))["text"]
+        assert len(seen) == 1 + (len(item.controls) if sees else 0)
+    cached(tmp_path, targets, second)
+    assert (second.items, second.texts) == (0, 0)
+    picture(tmp_path / "one" / "new.png", (80, 64)).replace(tmp_path / "one" / "b.png")
+    cached(tmp_path, targets, third)
+    assert (third.items, third.texts) == (1, 1 if sees else 0)
+
+
+def test_mirrored_items_have_mirrored_controls_cached_or_not(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png", size=(80, 64))
+    family = Edit(sees=False)
+    data, latents, _ = cached(tmp_path, targets, family, "flip_aug = true\n")
+    _, live, _ = cached(tmp_path, targets, family, "flip_aug = true\n", cache_latents=False)
+    seen = set()
+    for seed in range(12):
+        item = data.items[seed % 3]
+        kept, fresh = (source.picture(item, random.Random(seed)) for source in (latents, live))
+        (a, (x,)), (b, (y,)) = (source.finish(one.tensor[None], [one.extra])
+                                for source, one in ((latents, kept), (live, fresh)))  # fmt: skip
+        assert torch.allclose(a, b, atol=2e-3) and torch.allclose(x["control.0"].float(), y["control.0"], atol=2e-3)
+        seen.add(torch.equal(y["control.0"], family.encode_image(None, controls.load(item, True)[0])))
+    assert seen == {True, False}
+
+
+def test_a_sample_prompt_sees_its_control_in_its_own_proportions(tmp_path, targets):
+    from library.prompts import parse_line
+    from library.sample import item_of
+
+    made(tmp_path, "wide.png", size=(200, 100))
+    prompt = parse_line(f"make it blue --w 128 --h 128 --ci {tmp_path / 'wide.png'}", "here")
+    given = item_of(prompt, SimpleNamespace(pixel_multiple=16), 64)
+    assert given.size == (128, 128) and [tuple(one.shape) for one in given.controls] == [(3, 80, 176)]

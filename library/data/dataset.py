@@ -120,10 +120,10 @@ class Dataset:
         return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
-def prepare(options: Any, family: Any, pixel_multiple: int, *, max_controls: int | None = None) -> Dataset:
+def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
     """Scan, check, split and place. Raises ConfigError for the description and DatasetError for the files.
 
-    `max_controls` is how many control pictures the model takes with one picture; None = any number.
+    Without a family nothing is refused that only some models take.
     """
     specs = load_dataset_config(options)
     report, trained, held_out = Report(), [], []
@@ -145,7 +145,9 @@ def prepare(options: Any, family: Any, pixel_multiple: int, *, max_controls: int
         items = _balance(items, report)
         train, held = _split(items, spec, options)
         _place(train + held, spec)
-        _place_controls(train + held, pixel_multiple, max_controls)
+        if family is not None:
+            _check_controls(train + held, family)
+        _place_controls(train + held, pixel_multiple)
         trained += train
         held_out += held
     for k, item in enumerate(trained):
@@ -222,15 +224,23 @@ def _place(items: Iterable[Item], spec: DatasetSpec) -> None:
         item.placement = known[item.size]
 
 
-def _place_controls(items: Iterable[Item], unit: int, most: int | None) -> None:
+def _check_controls(items: Iterable[Item], family: Any) -> None:
     """Raises DatasetError naming items that have more controls than the model takes."""
-    with_controls = [item for item in items if item.controls]
-    if most is not None and (over := [item.path.name for item in with_controls if len(item.controls) > most]):
+    with_controls, most = [item for item in items if item.controls], family.max_controls
+    if over := [item.path.name for item in with_controls if len(item.controls) > most]:
         takes = f"{most} control pictures" if most else "no control pictures"
-        raise DatasetError(f"this model takes {takes}, but {names(over)} have more; take them out of the dataset")
-    for item in with_controls:
+        raise DatasetError(f"{family.title} takes {takes}, but {names(over)} have more; take them out of the dataset")
+    if family.text_pictures and (mirrored := [item for item in with_controls if item.subset.flip_aug]):
+        raise ConfigError(
+            f"{mirrored[0].subset.source}: flip_aug does not go with {family.title}, whose text encoder sees the "
+            "control pictures as they are; remove it"
+        )
+
+
+def _place_controls(items: Iterable[Item], unit: int) -> None:
+    for item in items:
         area = item.subset.control_resolution
-        if area and min(area) < unit:
+        if item.controls and area and min(area) < unit:
             raise ConfigError(f"control_resolution {area[0]}x{area[1]} is below {unit}, which this model needs")
         item.control_placements = tuple(
             controls.placement(size, item.placement.bucket, item.subset, unit) for size in item.control_sizes

@@ -108,6 +108,7 @@ class Family:
     # (vae, image encoders, ItemInput) -> what else conditions an item, cached beside its latents: "control.0", ...
     encode_item: Callable[..., Cond] | None = None
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
+    max_controls: int = 0  # control pictures that one item can have
     variant_of: Callable[..., Family] | None = None  # (options) -> the record for these files and options
     recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
     channels_of: Callable[..., int] = lambda denoiser: int(denoiser.config.in_channels)  # latent channels of a file
