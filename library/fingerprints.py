@@ -1,18 +1,20 @@
 """What any weight file is, from its header alone: kind, family, variant, layout, format. No torch.
 
-Families that lorasmith trains are recognised by their own parts; for the others a table of distinguishing keys names
-the file, so that a mistaken path is answered with what the file is.
+Families that lorasmith trains and all VAEs are recognised by their own parts; for the others a table of distinguishing
+keys names the file, so that a mistaken path is answered with what the file is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from library.checkpoints import Checkpoint, configuration, rows_of
+from library.components.vaes import VAES
 from library.errors import ConfigError
 from library.families import FAMILIES, get_family
+from library.families.family import Part
 from library.layout import Shape
 
 PREFIXES = (
@@ -57,15 +59,11 @@ TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("checkpoint", "anima", "", "an Anima denoiser", ("llm_adapter.embed.weight", "blocks.0.cross_attn.q_proj.weight")),
     ("checkpoint", "cosmos_predict2", "", "a Cosmos-Predict2 denoiser", ("blocks.0.cross_attn.q_proj.weight", "blocks.0.adaln_modulation_mlp.1.weight")),
     ("checkpoint", "cosmos", "", "a Cosmos 1.0 denoiser", ("blocks.block0.blocks.0.block.attn.to_q.0.weight",)),
-    ("vae", "wan", "2.2", "a Wan 2.2 VAE", ("decoder.middle.0.residual.0.gamma", "encoder.downsamples.0.downsamples.0.residual.2.weight")),
-    ("vae", "wan", "2.1", "a Wan 2.1 or Qwen-Image VAE", ("decoder.middle.0.residual.0.gamma", "encoder.conv1.weight")),
     ("vae", "ltx_video", "", "an LTX-Video VAE", ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "per_channel_statistics.mean-of-means")),
     ("vae", "cosmos", "", "a Cosmos VAE", ("encoder.conv_in.0.conv3d.weight",)),
     ("vae", "hunyuan_video_15", "", "a HunyuanVideo-1.5 VAE", ("encoder.down.0.block.0.conv1.conv.weight", "encoder.mid.attn_1.q.weight")),
     ("vae", "hunyuan_video", "", "a HunyuanVideo VAE", ("encoder.down_blocks.0.resnets.0.conv1.conv.weight",)),
-    ("vae", "flux2", "", "a Flux 2 VAE", ("bn.running_mean", "encoder.down.0.block.0.conv1.weight")),
-    ("vae", "hunyuan_image", "", "a HunyuanImage-2.1 or HunyuanVideo-1.5 VAE", ("encoder.down.0.downsample.conv.weight", "encoder.conv_in.weight", "decoder.up.0.upsample.conv.weight")),
-    ("vae", "ldm", "", "an LDM VAE (SD, SDXL, SD3 or Flux)", ("encoder.down.0.block.0.conv1.weight",)),
+    ("vae", "ldm", "", "an LDM VAE", ("encoder.down.0.block.0.conv1.weight",)),
     ("vae", "ldm", "", "an LDM VAE (diffusers names)", ("encoder.down_blocks.0.resnets.0.conv1.weight",)),
     ("text_encoder", "qwen2.5-vl", "", "a Qwen2.5-VL text encoder", ("visual.blocks.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.bias")),
     ("text_encoder", "qwen3", "", "a Qwen3 text encoder", ("model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight")),
@@ -158,32 +156,38 @@ def _numel(shape: Shape) -> int:
     return n
 
 
+def _candidates(denoiser: bool) -> Iterator[tuple[str, str, str, Part]]:
+    """Kind, family, variant and part of what is known by its own recognition."""
+    if not denoiser:
+        yield from (("vae", name, variant, part) for name, variant, part in VAES)
+    for family in map(get_family, FAMILIES):
+        for part in (family.denoiser,) if denoiser else (*family.text_encoders, *family.image_encoders):
+            yield "checkpoint" if denoiser else part.name, family.name, "", part
+
+
 def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, denoiser: bool) -> Identity | None:
     """A part of one of our families: every key is compared with its table's names (without building the model)."""
-    for name in FAMILIES:
-        family = get_family(name)
-        for part in (family.denoiser,) if denoiser else family.parts[1:]:
-            for prefix in part.prefixes:
-                chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
-                layout = part.recognise(chosen.shapes)
-                if not layout:
-                    continue
-                shapes = chosen.shapes
-                wanted = _names(part, layout, chosen) if exact else shapes
-                unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
-                kind = "checkpoint" if part is family.denoiser else part.name
-                return Identity(
-                    kind,
-                    family.name,
-                    variant_of(family.name, shapes) if kind == "checkpoint" else "",
-                    layout,
-                    "",
-                    matched=len(shapes) - len(unmatched),
-                    unmatched=unmatched,
-                    missing=[k for k in wanted if k not in shapes],
-                    title=part.title,
-                    **common,
-                )
+    for kind, family, variant, part in _candidates(denoiser):
+        for prefix in part.prefixes:
+            chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
+            shapes = chosen.shapes
+            layout = part.recognise(shapes)
+            if not layout:
+                continue
+            wanted = _names(part, layout, chosen) if exact else shapes
+            unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
+            return Identity(
+                kind,
+                family,
+                variant or (variant_of(family, shapes) if kind == "checkpoint" else ""),
+                layout,
+                "",
+                matched=len(shapes) - len(unmatched),
+                unmatched=unmatched,
+                missing=[k for k in wanted if k not in shapes],
+                title=part.title,
+                **common,
+            )
     return None
 
 

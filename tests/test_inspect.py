@@ -26,13 +26,13 @@ def inspect(path):
 
 def test_the_parts_of_a_model_are_named_and_every_key_is_matched(toy):  # noqa: F811
     expected = {
-        "denoiser": ("checkpoint", "comfy"),
-        "vae": ("vae", "ldm"),
-        "text_encoder": ("text_encoder", "original"),
+        "denoiser": ("checkpoint", "z_image", "comfy"),
+        "vae": ("vae", "flux", "ldm"),
+        "text_encoder": ("text_encoder", "z_image", "original"),
     }
-    for name, (kind, layout) in expected.items():
+    for name, what in expected.items():
         found = inspect(toy.parent / f"{name}.safetensors")
-        assert (found["kind"], found["family"], found["layout"]) == (kind, "z_image", layout)
+        assert (found["kind"], found["family"], found["layout"]) == what
         assert found["unmatched"] == found["missing"] == [] and found["matched"] == sum(found["dtypes"].values())
         assert found["parameters"] > 50_000 and found["dtypes"].keys() == {"F32"}
 

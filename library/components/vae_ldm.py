@@ -1,7 +1,8 @@
 """The LDM autoencoder (SD, SDXL, SD3, Flux): original names, sizes from the file, latents by shift and scale.
 
 Original names: encoder.down.N.block.M, encoder.mid.attn_1.q as 1x1 convolutions, decoder.up counted from the
-output; diffusers' AutoencoderKL counts its up blocks from the latents and has Linear attention projections.
+output; diffusers' AutoencoderKL counts its up blocks from the latents and has Linear attention projections. Diffusers
+folders of before 2023 (SD 1.x) spell these projections query, key, value, proj_attn.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from library.families.family import Part
-from library.layout import Row, Shape, conv1x1, row
+from library.layout import Op, Row, Shape, conv1x1, row
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +22,19 @@ if TYPE_CHECKING:
 # The published VAEs all have 32 norm groups (ComfyUI and BFL hard-code it); it is not visible in any shape, so files of
 # other sizes say theirs in the header metadata.
 GROUPS, GROUPS_KEY = 32, "norm_num_groups"
+# (shift, scale) of the latents as published with each model: `scale_factor` of the SD 1.x/2.x and SDXL configurations,
+# `shift_factor` and `scaling_factor` of the VAE configurations of SD3 and FLUX.1. Latents are (z - shift) * scale.
+SD, SDXL, SD3, FLUX = (0.0, 0.18215), (0.0, 0.13025), (0.0609, 1.5305), (0.1159, 0.3611)
+# Training leftovers in published SD 1.x VAE files.
+CARRIED = ("model_ema.decay", "model_ema.num_updates")
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
-def ldm_rows(ours: Mapping[str, Shape]) -> list[Row]:
-    """The table for a model with these names: the number of levels decides how decoder blocks are counted."""
+def ldm_rows(ours: Mapping[str, Shape], op: Op = conv1x1) -> list[Row]:
+    """The table for a model with these names: the number of levels decides how decoder blocks are counted.
+
+    `op` turns an attention projection, a convolution with a kernel of one in the file, into our Linear.
+    """
     levels = 1 + max(int(key.split(".")[2]) for key in ours if key.startswith("encoder.down_blocks."))
     rows = [row("quant_conv"), row("post_quant_conv")]
     for side in ("encoder", "decoder"):
@@ -33,7 +43,7 @@ def ldm_rows(ours: Mapping[str, Shape]) -> list[Row]:
         rows += [row(f"{theirs}.block_{k + 1}", f"{mid}.resnets.{k}") for k in (0, 1)]
         rows.append(row(f"{theirs}.attn_1.norm", f"{mid}.attentions.0.group_norm"))
         for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-            rows.append(row(f"{theirs}.attn_1.{a}", f"{mid}.attentions.0.{b}", op=conv1x1))
+            rows.append(row(f"{theirs}.attn_1.{a}", f"{mid}.attentions.0.{b}", op=op))
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         rows += _resnets(f"encoder.down.{level}.block", f"{down}.resnets")
@@ -49,39 +59,67 @@ def _resnets(theirs: str, ours: str) -> list[Row]:
     return [row(f"{theirs}.{i}.{a}", f"{ours}.{i}.{b}") for i in range(4) for a, b in names.items()]
 
 
+def old_rows(ours: Mapping[str, Shape]) -> list[Row]:
+    """The table of a diffusers folder with the attention names of before 2023."""
+    rows = []
+    for key in ours:
+        theirs = key
+        for new, old in OLD_NAMES.items():
+            theirs = theirs.replace(new, old) if ".attentions." in key else theirs
+        rows.append(row(theirs, key))
+    return rows
+
+
 def recognise(shapes: Mapping[str, Shape], channels: int) -> str | None:
-    """Files of this kind are told apart by their latent channels: 4 (SD, SDXL), 16 (SD3, Flux), 32 (Flux 2)."""
+    """Files of this kind are told apart by their latent channels: 4 (SD, SDXL), 16 (SD3, Flux)."""
     latent = shapes.get("decoder.conv_in.weight", ())
-    if len(latent) != 4 or latent[1] != channels:
+    # Flux 2 has statistics; HunyuanImage counts its decoder's levels from the latents, so that the first one upsamples.
+    if (
+        len(latent) != 4
+        or latent[1] != channels
+        or {"bn.running_mean", "decoder.up.0.upsample.conv.weight"} & set(shapes)
+    ):
         return None
-    if "encoder.down.0.block.0.conv1.weight" in shapes and len(shapes["encoder.down.0.block.0.conv1.weight"]) == 4:
+    return names(shapes)
+
+
+def names(shapes: Mapping[str, Shape]) -> str | None:
+    """Which spelling of an LDM autoencoder of pictures these keys are, whatever its size."""
+    if len(shapes.get("encoder.down.0.block.0.conv1.weight", ())) == 4:
         return "ldm"
-    down = shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight")
-    return "diffusers" if down is not None and len(down) == 4 else None
+    if len(shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight", ())) != 4:
+        return None
+    return "diffusers_old" if "encoder.mid_block.attentions.0.query.weight" in shapes else "diffusers"
 
 
 def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str) -> dict[str, Any]:
-    """diffusers' AutoencoderKL configuration, from the shapes of either layout."""
-    pattern = (
-        "encoder.down.{}.block.{}.conv1.weight" if layout == "ldm" else "encoder.down_blocks.{}.resnets.{}.conv1.weight"
-    )
+    """diffusers' AutoencoderKL configuration, from the shapes of any layout."""
+    sizes = level_sizes(shapes, metadata)
+    levels = len(sizes["block_out_channels"])
+    return sizes | {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+def level_sizes(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Width of each level, blocks in one and norm groups, of pictures' and videos' LDM encoders in either spelling."""
+    original = "encoder.down.0.block.0.norm1.weight" in shapes
+    pattern = "encoder.down.{}.block.{}.norm2.weight" if original else "encoder.down_blocks.{}.resnets.{}.norm2.weight"
     widths, blocks = [], 0
     while pattern.format(len(widths), 0) in shapes:
         widths.append(shapes[pattern.format(len(widths), 0)][0])
     while pattern.format(0, blocks) in shapes:
         blocks += 1
-    groups = int(metadata.get(GROUPS_KEY) or math.gcd(GROUPS, *widths))
     return {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
         "block_out_channels": tuple(widths),
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
         "layers_per_block": blocks,
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "norm_num_groups": groups,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "norm_num_groups": int(metadata.get(GROUPS_KEY) or math.gcd(GROUPS, *widths)),
     }
 
 
@@ -97,11 +135,12 @@ def part(title: str, channels: int) -> Part:
         name="vae",
         title=title,
         option="vae",
-        layouts={"ldm": ldm_rows, "diffusers": identity},
+        layouts={"ldm": ldm_rows, "diffusers": identity, "diffusers_old": old_rows},
         recognise=partial(recognise, channels=channels),
         config=config,
         build=build,
         prefixes=("", "first_stage_model.", "vae."),
+        carried=CARRIED,
         diffusers_folder="vae",
     )
 
