@@ -76,6 +76,12 @@ def per_mille(case: str, inputs: dict) -> Any:
     return inputs["timestep"] / 1000
 
 
+def with_references(case: str, inputs: dict) -> list[dict]:
+    found = [key for key in sorted(inputs) if key.startswith("ref.")]
+    controls = [{f"control.{j}": inputs[key][i] for j, key in enumerate(found)} for i in range(len(inputs["x"]))]
+    return [text | control for text, control in zip(texts(case, inputs), controls, strict=True)]
+
+
 def wan_i2v(case: str, inputs: dict) -> list[dict]:
     context = inputs.get("context", inputs.get("context_first20"))
     conds = [{"text": text, "image_latents": x[16:]} for text, x in zip(context, inputs["x"], strict=True)]
@@ -98,5 +104,10 @@ GOLDENS = (
     Golden(
         "wan22_ti2v", "wan", wan_5b, lambda c, i: F.pad(i["x"][:, :, 1:], (0, 0, 0, 0, 1, 0)),
         lambda c, i: i["timestep_frames"][:, -1] / 1000, ("out",), HEADS2, {"tokens": 20},
+    ),
+    Golden("lumina_2", "lumina_2", texts, cases=("plain", "ragged"), times=lambda sigma: 1 - sigma),
+    Golden(
+        "omnigen2", "omnigen2", with_references, cases=("plain", "edit", "ragged_edit"),
+        times=lambda sigma: (1 - sigma) * 1000,
     ),
 )  # fmt: skip

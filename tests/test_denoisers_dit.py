@@ -91,3 +91,21 @@ def test_checkpointed_blocks_give_the_same_output_and_gradients(file, tmp_path):
     assert max(relative(after[k], before[k]) for k in before if before[k].norm() > 1e-6) < 1e-4
     without = [k for k, _ in model.named_parameters() if k not in before]
     assert not [k for k in without if k not in file.module.__dict__.get("DEAD", ())], without[:4]
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_no_mask_is_made_where_all_texts_are_equally_long(file, tmp_path, monkeypatch):
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask if len(args) < 4 else args[3])
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model, case = file.model(tmp_path), file.cases[0]
+    inputs = file.inputs(case)
+    conds = file.conds(case, inputs)
+    conds = [cond | {key: conds[0][key] for key in file.ragged} for cond in conds]
+    with torch.no_grad():
+        file.module.predict(model, file.noisy(case, inputs), file.sigma(case, inputs), conds, **file.options)
+    assert masks and all(mask is None for mask in masks)
