@@ -236,7 +236,7 @@ def load_part(
             pieces = entry.split(reader.tensor(entry.theirs, dtype), layout.our_shape(entry))
             state.update((name, _place(piece, device)) for name, piece in zip(entry.ours, pieces, strict=True))
         model.load_state_dict(state, strict=True, assign=True)
-        kept = {key: reader.raw(key).clone() for key in extras}
+        kept = {key: reader.raw(key) for key in extras}
     part.finish(model, device)
     model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, Path(path))
     return model

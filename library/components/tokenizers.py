@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from library import checkpoints
 from library.errors import ConfigError
 from library.families.family import Family, Part
+from library.headers import read_header
+
+SPIECE = "spiece_model"  # in ComfyUI's UMT5 and Gemma files: the bytes of a sentencepiece model
 
 
 def tokenizer_path(part: Part, options: Any) -> tuple[str, str]:
-    """(folder, file or hub id, subfolder of it): the option, else a folder beside the encoder, else the hub id."""
+    """(folder, file or hub id, subfolder of it): the option, else a folder beside the encoder, else the encoder's own
+    file if it holds one, else the hub id."""
     where = part.tokenizer
     given = getattr(options, where.option)
     if given:
@@ -21,7 +27,13 @@ def tokenizer_path(part: Part, options: Any) -> tuple[str, str]:
         for name in where.beside:
             if (root / name / "tokenizer_config.json").is_file():
                 return str(root / name), ""
+    if where.inside and encoder.is_file() and _holds(encoder, where.inside):
+        return str(encoder), ""
     return where.hub, where.subfolder
+
+
+def _holds(file: Path, key: str) -> bool:
+    return any(name == key or name.endswith(f".{key}") for name in read_header(file).tensors)
 
 
 def tokenizer_paths(family: Family, options: Any) -> list[tuple[str, str]]:
@@ -63,3 +75,41 @@ def load_tokenizer(path: str, subfolder: str = "", option: str = "tokenizer") ->
             f"tokenizer {path} cannot be loaded ({reason}); "
             f"give --{option} a folder with tokenizer.json and tokenizer_config.json"
         ) from None
+
+
+def load_byt5(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
+    """ByT5's tokens are the bytes, so that nothing has to be fetched where no folder is given."""
+    from transformers import ByT5Tokenizer
+
+    return load_tokenizer(path, subfolder, option) if Path(path).exists() else ByT5Tokenizer()
+
+
+def load_t5(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
+    """A T5 tokenizer from a folder or hub id, a sentencepiece model, or a weight file that holds one."""
+    from transformers import T5Tokenizer
+
+    if not Path(path).is_file():
+        return load_tokenizer(path, subfolder, option)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "spiece.model").write_bytes(held(path, SPIECE))
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def held(path: str, key: str) -> bytes:
+    """The bytes of a tokenizer: of the tensor `key` of a weight file, else of the file itself."""
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors"):
+        return Path(path).read_bytes()
+    names = [name for name in read_header(path).tensors if name == key or name.endswith(f".{key}")]
+    if not names:
+        raise ConfigError(f"{path} holds no tokenizer ({key}); give the folder of one")
+    with safe_open(path, framework="np") as file:
+        return file.get_tensor(names[0]).tobytes()
+
+
+def padded(ids: Sequence[int], length: int, token: int, left: bool = False) -> tuple[list[int], list[int]]:
+    """(ids, mask) at `length`, filled up with `token` on the right (or the left); the mask is 1 for what was there."""
+    fill, ones = [token] * (length - len(ids)), [1] * len(ids)
+    zeros = [0] * len(fill)
+    return ([*fill, *ids], [*zeros, *ones]) if left else ([*ids, *fill], [*ones, *zeros])

@@ -53,6 +53,7 @@ class Tokenizer:
     hub: str  # id of the published model
     beside: tuple[str, ...] = ("tokenizer",)  # names of folders that are tried beside the encoder's file
     subfolder: str = ""  # of the hub repository
+    inside: str = ""  # key of the encoder's file that may hold it, for which `load` is given that file
     load: Callable[..., Any] | None = None  # (path, subfolder) -> tokenizer; None = transformers' AutoTokenizer
 
 
@@ -68,14 +69,17 @@ class Part:
     config: Callable[[Shapes, Mapping[str, str], str], dict[str, Any]]  # from the file's shapes, metadata and layout
     build: Callable[[dict[str, Any]], torch.nn.Module]  # from that configuration, on whatever device is current
     prefixes: tuple[str, ...] = ("",)  # container prefixes under which the part is found, tried in order
-    carried: tuple[str, ...] = ()  # keys that a file may hold and no model reads; a full save writes them back
+    # Keys that a file may hold and no model reads, or with a dot at the end all keys that begin so; a full save writes
+    # them back.
+    carried: tuple[str, ...] = ()
     diffusers_folder: str = ""  # sub-folder of a diffusers repository that holds this part
     finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
     tokenizer: Tokenizer | None = None  # of a text encoder
 
     def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""
-        return key in self.carried or 0 in shape
+        below = tuple(name for name in self.carried if name.endswith("."))
+        return key in self.carried or 0 in shape or key.startswith(below)
 
 
 @dataclass(frozen=True)
