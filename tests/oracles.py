@@ -62,3 +62,8 @@ def load(part: Any, weights: dict[str, Any], folder: Path, dtype: Any = None, **
 def relative(a: Any, b: Any) -> float:
     """|a - b| / |b| in the Euclidean norm."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def accepted_stems(name: str) -> set[str]:
+    """The names, prefix included and `.lora_...` cut off, that ComfyUI accepts in LoRA files of a family."""
+    return {stem for style in read_json(f"lora_keys/{name}")["styles"].values() for stem in style["keys"]}

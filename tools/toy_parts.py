@@ -1,0 +1,97 @@
+"""Toy dimensions of VAEs, text encoders and tokenizers, and which of them each family's toy is made of.
+
+A part's function returns the configuration that `Part.build` takes and the header metadata that its file needs (what
+no shape shows). Widths are those that the toy denoisers of `toy_configs.json` read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Made = tuple[dict[str, Any], dict[str, str]]  # configuration, header metadata
+
+
+@dataclass(frozen=True)
+class ToyText:
+    config: Callable[[int, int], Made]  # (width, vocabulary)
+    width: int
+    tokenizer: str | None = "chat"  # one of TOKENIZERS; None: the encoder has none
+
+
+@dataclass(frozen=True)
+class Toy:
+    vae: Made
+    text: Mapping[str, ToyText]  # part name -> its toy
+    images: Mapping[str, Made] = field(default_factory=dict)  # image encoders by part name
+    options: Mapping[str, Any] = field(default_factory=dict)  # of toy.toml
+
+
+def vae_ldm(channels: int, quant: bool = False) -> Made:
+    return {
+        "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16, 16, 16), "layers_per_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": channels, "norm_num_groups": 4, "use_quant_conv": quant, "use_post_quant_conv": quant,
+    }, {"norm_num_groups": "4"}  # fmt: skip
+
+
+def qwen3(width: int, vocabulary: int) -> Made:
+    from library.components import qwen3
+
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": qwen3.NORM_EPS,
+        "rope_parameters": {"rope_theta": qwen3.ROPE_THETA, "rope_type": "default"}, "attention_bias": False,
+    }, {}  # fmt: skip
+
+
+TOYS: dict[str, Toy] = {
+    "z_image": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen3, 64)}),
+}
+
+WORDS = (
+    "a an the of on in and with picture photo thing red green blue white black cat dog house tree blurry style".split()
+)
+# kind -> (special tokens, what surrounds a text, keyword arguments of the tokenizer)
+TOKENIZERS: dict[str, tuple[tuple[str, ...], str, dict[str, str]]] = {
+    "chat": (
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "$A", {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    ),
+    "clip": (
+        ("<|startoftext|>", "<|endoftext|>"), "<|startoftext|> $A <|endoftext|>",
+        {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+    ),
+    "t5": (("<pad>", "</s>", "<unk>"), "$A </s>", {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "bos": (
+        ("<pad>", "<eos>", "<bos>"), "<bos> $A", {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
+    ),
+}  # fmt: skip
+
+
+def make_tokenizer(folder: Path, kind: str) -> int:
+    """A tokenizer in transformers' files; returns its vocabulary size. Bytes need no vocabulary file."""
+    if kind == "bytes":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+        return 384
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special, template, arguments = TOKENIZERS[kind]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(special), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **arguments)
+    fast.save_pretrained(folder)
+    return len(fast)
