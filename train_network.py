@@ -215,7 +215,6 @@ class NetworkTrainer:
 
     def conditions(self, batch: Batch) -> tuple[Tensor, list[dict[str, Tensor]], Any]:
         """Latents [B,C,h,w] float32, what conditions each item and the random draws, on the device."""
-        from library.batches import draw
         from library.strategies import Request, item_controls
 
         options, runtime = self.options, self.runtime
@@ -225,8 +224,9 @@ class NetworkTrainer:
             for caption, item in zip(batch.captions, batch.items, strict=True)
         ]
         conds = [runtime.to_device(self.text.get(one)) | extra for one, extra in zip(asked, extras, strict=True)]
-        draws = draw(batch.keys, options.seed, tuple(x0.shape[1:]), perturb=bool(options.ip_noise_gamma))
-        return x0, conds, runtime.draws_to_device(draws)
+        draws = runtime.draws_to_device(runtime.draw(batch.keys, tuple(x0.shape[1:])))
+        draws.noise = self.family.objective.shape_noise(draws.noise, draws.shapes, x0, options)
+        return x0, conds, draws
 
     def _update(self) -> Tensor:
         """All-reduce, unscale, clip, optimizer, scheduler; returns the gradient norm, still on the device."""

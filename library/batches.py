@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ class Draws:
     uniform: Tensor  # [B]
     perturbation: Tensor | None  # [B,C,h,w] for --ip_noise_gamma
     gamma_scale: Tensor  # [B] uniform, for --ip_noise_gamma_random_strength
+    shapes: dict[str, Tensor] = field(default_factory=dict)  # what the objective shapes the noise with, [B,...]
 
 
 @dataclass
@@ -57,9 +58,15 @@ class Step:
     batches: list[Batch]  # of this process; may be empty on the last step of an epoch
 
 
-def draw(keys: list[tuple[int, int, int]], seed: int, shape: tuple[int, ...], perturb: bool) -> Draws:
-    """The random numbers of the items `keys` for latents of `shape` [C,h,w]."""
-    noise, uniform, extra, gamma = [], [], [], []
+def draw(
+    keys: list[tuple[int, int, int]],
+    seed: int,
+    shape: tuple[int, ...],
+    perturb: bool,
+    more: Callable[[torch.Generator, tuple[int, ...]], dict[str, Tensor]] = lambda generator, shape: {},
+) -> Draws:
+    """The random numbers of the items `keys` for latents of `shape` [C,h,w]; `more` draws the objective's."""
+    noise, uniform, extra, gamma, shapes = [], [], [], [], []
     for step, item, repeat in keys:
         generator = torch.Generator().manual_seed(item_seed(seed + NOISE, step, item, repeat))
         uniform.append(torch.rand((), generator=generator))
@@ -67,8 +74,10 @@ def draw(keys: list[tuple[int, int, int]], seed: int, shape: tuple[int, ...], pe
         noise.append(torch.randn(shape, generator=generator))
         if perturb:
             extra.append(torch.randn(shape, generator=generator))
+        shapes.append(more(generator, shape))
     stack = torch.stack
-    return Draws(stack(noise), stack(uniform), stack(extra) if perturb else None, stack(gamma))
+    stacked = {name: stack([one[name] for one in shapes]) for name in shapes[0]}
+    return Draws(stack(noise), stack(uniform), stack(extra) if perturb else None, stack(gamma), stacked)
 
 
 class Loader:

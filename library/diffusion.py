@@ -115,13 +115,13 @@ def adaptive_strength(strength: Tensor | float, x0: Tensor, scale: float) -> Ten
     return (strength + scale * x0.mean(dim=(-2, -1)).abs()).clamp(min=0)
 
 
-def pyramid(noise: Tensor, generator: torch.Generator, iterations: int, discount: float) -> Tensor:
-    """Multi-resolution noise of one item, [C,h,w], of unit standard deviation.
+def octaves(shape: tuple[int, ...], generator: torch.Generator, iterations: int, discount: float) -> Tensor:
+    """What multi-resolution noise adds to the noise of one item, [C,h,w].
 
-    To it is added, for i = 0, 1, ..., noise of size (h / r^i, w / r^i), enlarged bilinearly, times discount^i, with r
+    The sum over i = 0, 1, ... of noise of size (h / r^i, w / r^i), enlarged bilinearly, times discount^i, with r
     uniform in 2..4 anew each time, until a side is 1.
     """
-    (channels, height, width), out = noise.shape, noise
+    (channels, height, width), out = shape, torch.zeros(shape)
     for i in range(iterations):
         r = 2 + 2 * float(torch.rand((), generator=generator))
         size = max(1, int(height / r**i)), max(1, int(width / r**i))
@@ -129,17 +129,23 @@ def pyramid(noise: Tensor, generator: torch.Generator, iterations: int, discount
         out = out + discount**i * F.interpolate(coarse, (height, width), mode="bilinear")[0]
         if 1 in size:
             break
-    return out / out.std()
+    return out
+
+
+def multires(noise: Tensor, summed: Tensor) -> Tensor:
+    """Noise plus its octaves, every item of [B,C,h,w] of unit standard deviation."""
+    out = noise + summed
+    return out / out.std(dim=(-3, -2, -1), keepdim=True)
 
 
 # ---------------------------------------------------------------- sampling
 
-SAMPLERS = ("euler", "euler_a", "ddim")
-
 
 def sampler_timesteps(steps: int, spacing: str) -> Tensor:
-    """[steps] int64, falling. "leading": multiples of 1000 // steps, plus 1 (Stable Diffusion's `steps_offset`);
-    "trailing": from 999 on, which a model with zero terminal SNR needs (Lin et al. 2023, section 3.3)."""
+    """[steps] int64, falling: "leading" are multiples of 1000 // steps, plus 1 (Stable Diffusion's `steps_offset`).
+
+    "trailing" begins at 999, which a model with zero terminal SNR needs (Lin et al. 2023, section 3.3).
+    """
     if spacing == "trailing":
         return torch.arange(steps, 0, -1, dtype=torch.float64).mul(STEPS / steps).round().long() - 1
     return (torch.arange(steps).flip(0) * (STEPS // steps) + 1).clamp(max=STEPS - 1)

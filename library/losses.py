@@ -26,17 +26,17 @@ def elementwise(predicted: Tensor, target: Tensor, kind: str, c: Tensor | None =
     return 2 * c * root if kind == "huber" else 2 * root
 
 
-def huber_c(sigma: Tensor, schedule: str, c: float, scale: float) -> Tensor:
-    """[B]: constant c s; exponential exp(ln(c) sigma) s; snr (1 - c) / (1 + q)^2 + c with q = sigma / (1 - sigma).
+def huber_c(sigma: Tensor, schedule: str, c: float, scale: float, signal: Tensor | None = None) -> Tensor:
+    """[B]: constant c s; exponential exp(ln(c) sigma) s; snr (1 - c) / (1 + q)^2 + c with q the noise per data.
 
-    sd-scripts' snr schedule takes q = sqrt((1 - alpha_bar) / alpha_bar), which a flow model has not; the ratio of noise
-    to data is sigma / (1 - sigma) here, so 1 / (1 + q) = 1 - sigma.
+    `signal` is 1 / (1 + q), the objective's; for a flow, and by default, q = sigma / (1 - sigma), so it is 1 - sigma.
+    sd-scripts has the snr schedule for DDPM only: q = sqrt((1 - alpha_bar) / alpha_bar).
     """
     if schedule == "constant":
         return torch.full_like(sigma, c * scale)
     if schedule == "exponential":
         return torch.exp(math.log(c) * sigma) * scale
-    return (1 - c) * (1 - sigma).square() + c
+    return (1 - c) * (1 - sigma if signal is None else signal).square() + c
 
 
 def masked(error: Tensor, mask: Tensor) -> Tensor:

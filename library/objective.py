@@ -5,12 +5,22 @@ A record of pure functions. `options` is the run's; sigma is in 0..1, 0 = data, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way from noise to data."""
+
+    times: Callable[..., Tensor]  # (steps, shift, image tokens) -> [steps + 1] sigmas that it visits
+    step: Callable[..., Tensor]  # (x, predicted, sigma now, sigma then, () -> fresh noise) -> x at `then`
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,22 @@ class Objective:
     weight: Callable[[Tensor, Any], Tensor]  # (sigma, options) -> loss weight [B]
     times: Callable[..., Tensor]  # (steps, shift, image tokens) -> [steps + 1] sigmas that a sampler visits
     step: Callable[..., Tensor]  # (x, predicted, sigma now, sigma then) -> x at `then`
+    samplers: Mapping[str, Sampler] = field(default_factory=dict)  # others than `times` and `step`, which are Euler's
+    signal: Callable[[Tensor], Tensor] = lambda sigma: 1 - sigma  # data / (data + noise) in x_sigma, for huber's snr
+    # What shapes the noise: drawn for one item, (generator, shape [C,h,w], options) -> tensors; and, with these of the
+    # whole batch, (noise [B,C,h,w], tensors, x0, options) -> noise
+    draw: Callable[..., dict[str, Tensor]] = lambda generator, shape, options: {}
+    shape_noise: Callable[..., Tensor] = lambda noise, drawn, x0, options: noise
+    prediction_type: str = "flow"  # modelspec's word for what the denoiser predicts
+
+    def sampler(self, name: str | None = None) -> Sampler:
+        """The sampler of that name; None = the objective's first."""
+        plain = Sampler(self.times, lambda x, predicted, now, then, fresh: self.step(x, predicted, now, then))
+        return plain if name is None or name == "euler" else self.samplers[name]
+
+    @property
+    def sampler_names(self) -> tuple[str, ...]:
+        return ("euler", *self.samplers)
 
 
 def _sigma(uniform: Tensor, tokens: int, options: Any) -> Tensor:
@@ -85,3 +111,138 @@ FLOW = Objective(
     times=_times,
     step=lambda x, velocity, now, then: x + (then - now) * velocity,  # Euler on dx/dsigma = velocity
 )
+
+
+# ---------------------------------------------------------------- DDPM: Stable Diffusion 1, 2 and XL
+
+
+def ddpm(prediction: str = "epsilon", zero_terminal_snr: bool = False) -> Objective:
+    """DDPM for a denoiser that predicts "epsilon" or "v"; its sigma is (t + 1) / 1000."""
+    schedule = {"prediction": prediction, "zero": zero_terminal_snr}
+    times, zero = partial(_ddpm_times, **schedule), {"zero": zero_terminal_snr}
+    return Objective(
+        name="ddpm",
+        reads=frozenset(),
+        sigma=_ddpm_sigma,
+        noisy=partial(_ddpm_noisy, **zero),
+        target=partial(_ddpm_target, **schedule),
+        compare=lambda predicted, target, noisy, sigma, options: (predicted, target),
+        weight=partial(_ddpm_weight, **schedule),
+        times=times,
+        step=partial(_ddpm_step, **schedule),
+        samplers={
+            "euler_a": Sampler(times, partial(_ancestral_step, **schedule)),
+            "ddim": Sampler(times, partial(_ddim_step, **schedule)),
+        },
+        signal=partial(_ddpm_signal, **zero),
+        draw=_draw_shapes,
+        shape_noise=_shape_noise,
+        prediction_type=prediction,
+    )
+
+
+def _ddpm_sigma(uniform: Tensor, tokens: int, options: Any) -> Tensor:
+    from library import diffusion
+
+    high = diffusion.STEPS if options.max_timestep is None else options.max_timestep
+    return diffusion.sigma_of(diffusion.timesteps_from(uniform, options.min_timestep or 0, high))
+
+
+def _ab(sigma: Tensor, zero: bool) -> Tensor:
+    from library import diffusion
+
+    return diffusion.alpha_bar_at(sigma, zero)
+
+
+def _ddpm_noisy(x0: Tensor, noise: Tensor, sigma: Tensor, zero: bool) -> Tensor:
+    from library import diffusion
+
+    return diffusion.noisy(x0, noise, _ab(sigma, zero))
+
+
+def _ddpm_target(x0: Tensor, noise: Tensor, sigma: Tensor, options: Any, prediction: str, zero: bool) -> Tensor:
+    from library import diffusion
+
+    return noise if prediction == "epsilon" else diffusion.velocity(x0, noise, _ab(sigma, zero))
+
+
+def _ddpm_signal(sigma: Tensor, zero: bool) -> Tensor:
+    data, noise = _ab(sigma, zero).sqrt(), (1 - _ab(sigma, zero)).sqrt()
+    return data / (data + noise)
+
+
+def _ddpm_weight(sigma: Tensor, options: Any, prediction: str, zero: bool) -> Tensor:
+    """sd-scripts' weights, multiplied. Their SNR is that of the schedule in use, with zero terminal SNR too."""
+    import torch
+
+    from library import diffusion
+
+    snr, weight = diffusion.snr(_ab(sigma, zero)), torch.ones_like(sigma)
+    if options.min_snr_gamma:
+        weight = weight * diffusion.min_snr(snr, options.min_snr_gamma, prediction)
+    if options.scale_v_pred_loss_like_noise_pred:
+        weight = weight * diffusion.like_noise_prediction(snr)
+    if options.v_pred_like_loss:
+        weight = weight * (1 + options.v_pred_like_loss / diffusion.like_noise_prediction(snr))
+    if options.debiased_estimation_loss:
+        weight = weight * diffusion.debiased(snr, prediction)
+    return weight
+
+
+def _draw_shapes(generator: torch.Generator, shape: tuple[int, ...], options: Any) -> dict[str, Tensor]:
+    """What --noise_offset and --multires_noise_iterations draw for one item; nothing where they are off."""
+    import torch
+
+    from library import diffusion
+
+    drawn = {}
+    if options.noise_offset:
+        strength = torch.rand((), generator=generator) if options.noise_offset_random_strength else torch.ones(())
+        drawn = {"offset": torch.randn(shape[0], generator=generator), "offset_strength": strength}
+    if options.multires_noise_iterations:
+        iterations, discount = options.multires_noise_iterations, options.multires_noise_discount
+        drawn["octaves"] = diffusion.octaves(shape, generator, iterations, discount)
+    return drawn
+
+
+def _shape_noise(noise: Tensor, drawn: dict[str, Tensor], x0: Tensor, options: Any) -> Tensor:
+    from library import diffusion
+
+    if "offset" in drawn:
+        strength = options.noise_offset * drawn["offset_strength"][:, None]
+        if options.adaptive_noise_scale:
+            strength = diffusion.adaptive_strength(strength, x0, options.adaptive_noise_scale)
+        noise = diffusion.offset(noise, drawn["offset"], strength)
+    return diffusion.multires(noise, drawn["octaves"]) if "octaves" in drawn else noise
+
+
+def _ddpm_times(steps: int, shift: float, tokens: int, prediction: str, zero: bool) -> Tensor:
+    import torch
+
+    from library import diffusion
+
+    t = diffusion.sampler_timesteps(steps, "trailing" if zero else "leading")
+    return torch.cat([diffusion.sigma_of(t), torch.zeros(1)])
+
+
+def _ddpm_step(x: Tensor, predicted: Tensor, now: Tensor, then: Tensor, prediction: str, zero: bool) -> Tensor:
+    from library import diffusion
+
+    return diffusion.deterministic_step(x, predicted, _ab(now, zero), _ab(then, zero), prediction)
+
+
+def _ddim_step(
+    x: Tensor, predicted: Tensor, now: Tensor, then: Tensor, fresh: Callable, prediction: str, zero: bool
+) -> Tensor:
+    """Euler's step, but the last one ends at timestep 0, which is not quite the data (`set_alpha_to_one` false)."""
+    from library import diffusion
+
+    return _ddpm_step(x, predicted, now, then.clamp(min=1 / diffusion.STEPS), prediction, zero)
+
+
+def _ancestral_step(
+    x: Tensor, predicted: Tensor, now: Tensor, then: Tensor, fresh: Callable, prediction: str, zero: bool
+) -> Tensor:
+    from library import diffusion
+
+    return diffusion.ancestral_step(x, predicted, _ab(now, zero), _ab(then, zero), prediction, fresh())

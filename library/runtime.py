@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library import checkpoints, flow, losses, trackers
+from library import batches, checkpoints, flow, losses, trackers
 from library.checkpointing import checkpoint_blocks
 from library.components.tokenizers import load_tokenizers
 from library.data.dataset import item_seed
@@ -185,10 +185,18 @@ class Runtime:
     def to_device(self, cond: Cond) -> Cond:
         return {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
 
+    def draw(self, keys: list[tuple[int, int, int]], shape: tuple[int, ...]) -> Draws:
+        """The random numbers of the items `keys` for latents of `shape`, on the CPU."""
+        options, objective = self.options, self.family.objective
+        more = functools.partial(objective.draw, options=options)
+        return batches.draw(keys, options.seed, shape, bool(options.ip_noise_gamma), more)
+
     def draws_to_device(self, draws: Draws) -> Draws:
         if self.device.type != "cpu":
             for name, value in vars(draws).items():
-                if value is not None:
+                if isinstance(value, dict):
+                    setattr(draws, name, self.to_device(value))
+                elif value is not None:
                     setattr(draws, name, value.to(self.device, non_blocking=True))
         return draws
 
@@ -215,7 +223,8 @@ class Runtime:
         o = self.options
         if o.loss_type not in ("huber", "smooth_l1"):
             return None
-        return losses.huber_c(sigma, o.huber_schedule, o.huber_c, o.huber_scale)
+        signal = self.family.objective.signal(sigma)
+        return losses.huber_c(sigma, o.huber_schedule, o.huber_c, o.huber_scale, signal)
 
     def reduce_gradients(self, parameters: list[Tensor]) -> None:
         """Sum gradients over the processes in one flat all-reduce; each batch's loss already carries its share."""

@@ -49,21 +49,26 @@ def generate_latents(
     shift: float,
     device: Any,
     guide: Guide = guided,
+    sampler: str | None = None,
 ) -> Tensor:
-    """Latents [1,C,h,w] float32 by the steps of the family's objective (a flow: Euler on dx/dsigma = velocity).
+    """Latents [1,C,h,w] float32 by a sampler of the family's objective (a flow: Euler on dx/dsigma = velocity).
 
     The noise comes from a CPU generator, so a seed gives the same start on every device. `guide` joins the two
     predictions; it and the unconditional one run only for scale != 1.
     """
-    objective = family.objective
-    x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)).to(device)
-    sigmas = objective.times(steps, shift, image_tokens(family, shape)).to(device)
+    way, generator = family.objective.sampler(sampler), torch.Generator().manual_seed(seed)
+
+    def fresh() -> Tensor:
+        return torch.randn((1, *shape), generator=generator).to(device)
+
+    x = fresh()
+    sigmas = way.times(steps, shift, image_tokens(family, shape)).to(device)
     conds = [{k: v.to(device) for k, v in c.items()} for c in ([cond, uncond] if scale != 1 else [cond])]
     for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         predicted = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), conds)
         if scale != 1:
             predicted = guide(predicted[:1], predicted[1:], scale, step)
-        x = objective.step(x, predicted, now, then)
+        x = way.step(x, predicted, now, then, fresh)
     return x
 
 

@@ -1,10 +1,14 @@
 """DDPM against diffusers' schedulers and against formulas written out with numpy in another way."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from library import diffusion as d
+from library import losses
+from library.objective import FLOW, ddpm
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 T = torch.tensor([0, 1, 17, 500, 998, 999])
@@ -103,28 +107,106 @@ def test_the_adaptive_strength_follows_the_mean_and_never_turns():
     assert torch.allclose(d.adaptive_strength(0.1, x0, -0.1), torch.tensor([[0.0, 0.05]]))
 
 
-def test_pyramid_noise_has_unit_variance_and_long_waves():
-    plain = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(1))
-    out = d.pyramid(plain, torch.Generator().manual_seed(2), 6, 0.8)
-    again = d.pyramid(plain, torch.Generator().manual_seed(2), 6, 0.8)
-    assert torch.equal(out, again) and float(out.std()) == pytest.approx(1, abs=1e-5)
+def test_multires_noise_has_unit_variance_and_long_waves():
+    plain = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def shaped():
+        generator = torch.Generator().manual_seed(2)
+        return d.multires(plain, torch.stack([d.octaves((4, 64, 64), generator, 6, 0.8) for _ in range(2)]))
+
+    out = shaped()
+    assert torch.equal(out, shaped()) and torch.allclose(out.std((1, 2, 3)), torch.ones(2))
 
     def coarse(noise):  # variance of 16x16 means: 1/256 for white noise
         return float(torch.nn.functional.avg_pool2d(noise, 16).var())
 
     assert coarse(plain) == pytest.approx(1 / 256, rel=0.5) and coarse(out) > 10 * coarse(plain)
+    alone = d.multires(plain[:1], d.octaves((4, 64, 64), torch.Generator().manual_seed(2), 6, 0.8))
+    assert torch.equal(alone[0], out[0])  # what shares its batch does not change an item
 
 
-@pytest.mark.parametrize(("iterations", "terms"), [(0, 0), (1, 1)])
-def test_pyramid_noise_starts_at_full_size(iterations, terms):
-    plain = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(2)
-    expected = plain
-    if terms:
-        probe = torch.Generator().manual_seed(2)
-        torch.rand((), generator=probe)
-        expected = plain + torch.randn((1, 4, 8, 8), generator=probe)[0]
-    assert torch.allclose(d.pyramid(plain, generator, iterations, 0.5), expected / expected.std(), atol=1e-6)
+def test_octaves_start_at_full_size_and_end_at_one_pixel():
+    assert not d.octaves((4, 8, 8), torch.Generator(), 0, 0.5).any()
+    probe = torch.Generator().manual_seed(2)
+    torch.rand((), generator=probe)
+    expected = torch.randn((1, 4, 8, 8), generator=probe)[0]
+    assert torch.allclose(d.octaves((4, 8, 8), torch.Generator().manual_seed(2), 1, 0.5), expected)
+    many = d.octaves((4, 8, 8), torch.Generator().manual_seed(2), 50, 0.5)
+    assert torch.equal(many, d.octaves((4, 8, 8), torch.Generator().manual_seed(2), 4, 0.5))
+
+
+# ---------------------------------------------------------------- the record
+
+
+def options(**given):
+    off = (
+        "min_timestep max_timestep min_snr_gamma v_pred_like_loss noise_offset adaptive_noise_scale "
+        "multires_noise_iterations debiased_estimation_loss scale_v_pred_loss_like_noise_pred "
+        "noise_offset_random_strength"
+    )
+    return SimpleNamespace(**(dict.fromkeys(off.split()) | {"multires_noise_discount": 0.3} | given))
+
+
+def test_the_objective_draws_timesteps_between_the_options_bounds():
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    t = d.timestep(ddpm().sigma(uniform, 1024, options(min_timestep=100, max_timestep=600)))
+    assert t.min() == 100 and t.max() == 599
+    assert d.timestep(ddpm().sigma(uniform, 1024, options())).tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_noisy_and_target_of_the_objective(prediction):
+    x0, eps = pair()
+    objective, sigma = ddpm(prediction), d.sigma_of(T)
+    theirs = schedulers("DDPMScheduler")
+    assert torch.allclose(objective.noisy(x0, eps, sigma), theirs.add_noise(x0, eps, T), atol=1e-5)
+    expected = eps if prediction == "epsilon" else theirs.get_velocity(x0, eps, T)
+    assert torch.allclose(objective.target(x0, eps, sigma, options()), expected, atol=1e-5)
+
+
+def test_weights_multiply_and_follow_the_schedule_in_use():
+    sigma = d.sigma_of(torch.tensor([10, 500, 999]))
+    ab = d.alpha_bar().numpy()[[10, 500, 999]]
+    snr = ab / (1 - ab)
+    both = ddpm().weight(sigma, options(min_snr_gamma=5.0, debiased_estimation_loss=True))
+    assert np.allclose(both, np.minimum(1, 5 / snr) / np.sqrt(snr), rtol=1e-3)
+    like = ddpm().weight(sigma, options(v_pred_like_loss=0.5))
+    assert np.allclose(like, 1 + 0.5 * (np.minimum(snr, 1000) + 1) / np.minimum(snr, 1000), rtol=1e-3)
+    scaled = ddpm("v").weight(sigma, options(scale_v_pred_loss_like_noise_pred=True))
+    assert np.allclose(scaled, snr / (snr + 1), rtol=1e-3)
+    assert torch.equal(ddpm().weight(sigma, options()), torch.ones(3))
+    zero = ddpm("v", True).weight(sigma, options(min_snr_gamma=5.0))
+    assert float(zero[-1]) == 0 and float(ddpm("v").weight(sigma, options(min_snr_gamma=5.0))[-1]) > 1e-3
+
+
+def test_hubers_snr_schedule_is_that_of_sd_scripts():
+    sigma, ab = d.sigma_of(T), d.alpha_bar().numpy()[T.numpy()]
+    expected = 0.9 / (1 + np.sqrt((1 - ab) / ab)) ** 2 + 0.1
+    assert np.allclose(losses.huber_c(sigma, "snr", 0.1, 1.0, ddpm().signal(sigma)), expected, rtol=1e-4)
+    flow = losses.huber_c(sigma, "snr", 0.1, 1.0, FLOW.signal(sigma))
+    assert torch.allclose(flow, 0.9 * (1 - sigma) ** 2 + 0.1)
+
+
+def test_shaped_noise_is_what_the_options_ask_for():
+    (noise, x0), objective = pair(2), ddpm()
+
+    def drawn(**given):
+        draws = [objective.draw(torch.Generator().manual_seed(k), (4, 8, 6), options(**given)) for k in range(2)]
+        stacked = {name: torch.stack([one[name] for one in draws]) for name in draws[0]}
+        return objective.shape_noise(noise, stacked, x0, options(**given)), stacked
+
+    assert torch.equal(drawn()[0], noise) and drawn()[1] == {}
+    plain, values = drawn(noise_offset=0.1)
+    assert torch.allclose(plain - noise, 0.1 * values["offset"][..., None, None], atol=1e-6)
+    weaker, values = drawn(noise_offset=0.1, noise_offset_random_strength=True)
+    strength = values["offset_strength"][:, None]
+    assert (strength < 1).all() and float(strength[0]) != float(strength[1])  # each item draws its own
+    assert torch.allclose(weaker - noise, (0.1 * strength * values["offset"])[..., None, None], atol=1e-6)
+    adaptive, values = drawn(noise_offset=0.1, adaptive_noise_scale=0.5)
+    expected = (0.1 + 0.5 * x0.mean((2, 3)).abs()) * values["offset"]
+    assert torch.allclose(adaptive - noise, expected[..., None, None], atol=1e-5)
+    shaped, _ = drawn(noise_offset=0.1, multires_noise_iterations=4)
+    assert torch.allclose(shaped.std((1, 2, 3)), torch.ones(2)) and not torch.allclose(shaped, plain)
 
 
 # ---------------------------------------------------------------- sampling
@@ -135,19 +217,13 @@ def denoise(x, t):
     return 0.7 * x + 0.2 * torch.tanh(x.roll(1, -1)) + float(t) / 4000
 
 
-def ours(kind, spacing, prediction, zero, last, steps=20):
+def ours(kind, prediction, zero, steps=20):
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(1, 4, 8, 8, generator=generator)
-    times = d.sampler_timesteps(steps, spacing)
-    ab = d.alpha_bar_at(d.sigma_of(times), zero)
-    ends = torch.cat([ab[1:], torch.tensor([last])])
-    for t, now, then in zip(times, ab, ends, strict=True):
-        predicted = denoise(x, t)
-        if kind == "euler_a":
-            fresh = torch.randn(x.shape, generator=generator)
-            x = d.ancestral_step(x, predicted, now[None], then[None], prediction, fresh)
-        else:
-            x = d.deterministic_step(x, predicted, now[None], then[None], prediction)
+    x, sampler = torch.randn(1, 4, 8, 8, generator=generator), ddpm(prediction, zero).sampler(kind)
+    sigmas = sampler.times(steps, 1.0, 1024)
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        predicted = denoise(x, d.timestep(now))
+        x = sampler.step(x, predicted, now, then, lambda: torch.randn(1, 4, 8, 8, generator=generator))
     return x
 
 
@@ -166,14 +242,13 @@ SD = {"timestep_spacing": "leading", "steps_offset": 1}  # scheduler_config.json
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("kind", d.SAMPLERS)
+@pytest.mark.parametrize("kind", ddpm().sampler_names)
 def test_a_whole_sampling_run_is_that_of_diffusers(kind, prediction):
     name = {"euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler", "ddim": "DDIMScheduler"}
     more = {"clip_sample": False, "set_alpha_to_one": False} if kind == "ddim" else {}
     word = "v_prediction" if prediction == "v" else "epsilon"
     expected = theirs(schedulers(name[kind], prediction_type=word, **SD, **more))
-    last = float(d.alpha_bar()[0]) if kind == "ddim" else 1.0
-    found = ours(kind, "leading", prediction, False, last)
+    found = ours(kind, prediction, zero=False)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
@@ -187,9 +262,9 @@ def test_zero_terminal_snr_is_sampled_from_the_last_timestep_on():
     )
     expected = theirs(scheduler)
     assert scheduler.timesteps.tolist() == d.sampler_timesteps(20, "trailing").tolist()
-    found = ours("ddim", "trailing", "v", True, 1.0)
+    found = ours("euler", "v", zero=True)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
-    assert torch.isfinite(ours("euler_a", "trailing", "v", True, 1.0)).all()
+    assert torch.isfinite(ours("euler_a", "v", zero=True)).all()
 
 
 @pytest.mark.parametrize("steps", [1, 20, 30, 999, 1000])
