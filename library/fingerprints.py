@@ -77,6 +77,14 @@ TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
 
 # (family, variant, a key that tells and its shape, None = any size). The first row that fits decides.
 VARIANTS: tuple[tuple[str, str, str, tuple[int | None, ...]], ...] = (
+    *(
+        ("hunyuan_image", "distilled", key, (None, None))
+        for key in (
+            "guidance_in.in_layer.weight",
+            "guidance_in.mlp.0.weight",
+            "time_guidance_embed.guidance_embedder.linear_1.weight",
+        )
+    ),
     ("wan", "2.1 first-and-last-frame", "img_emb.emb_pos", (None, None, None)),
     ("wan", "2.1 i2v", "blocks.0.cross_attn.k_img.weight", (None, None)),
     ("wan", "2.2 i2v", "patch_embedding.weight", (None, 36, None, None, None)),

@@ -121,12 +121,7 @@ class Layout:
             )
 
     def _expand(self) -> list[Entry]:
-        below = defaultdict(list)  # module name -> the tensors below it, as suffixes
-        for key in self.shapes:
-            parts = key.split(".")
-            for n in range(1, len(parts) + 1):
-                below[".".join(parts[:n])].append("".join(f".{part}" for part in parts[n:]))
-        entries = []
+        below, entries = _below(self.shapes), []
         for r in self.rows:
             for i in itertools.count() if "{i}" in r.theirs else (0,):
                 theirs, ours = r.theirs.replace("{i}", str(i)), [o.replace("{i}", str(i)) for o in r.ours]
@@ -173,6 +168,31 @@ class Layout:
         for entry in self.entries:
             out.update(zip(entry.ours, entry.split(theirs[entry.theirs], self.our_shape(entry)), strict=True))
         return out
+
+
+def _below(keys: Iterable[str]) -> Mapping[str, list[str]]:
+    """Module name -> the tensors below it, as suffixes."""
+    below = defaultdict(list)
+    for key in keys:
+        parts = key.split(".")
+        for n in range(1, len(parts) + 1):
+            below[".".join(parts[:n])].append("".join(f".{part}" for part in parts[n:]))
+    return below
+
+
+def our_view(rows: Iterable[Row], theirs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """An original file's shapes under our names, before there is a model: what its size is read from.
+
+    A fused tensor stands whole under the first of our names; operations are not applied.
+    """
+    below, found = _below(theirs), {}
+    for r in rows:
+        for i in itertools.count() if "{i}" in r.theirs else (0,):
+            name, ours = r.theirs.replace("{i}", str(i)), r.ours[0].replace("{i}", str(i))
+            if name not in below:
+                break
+            found.update((ours + leaf, tuple(theirs[name + leaf])) for leaf in below[name])
+    return found
 
 
 def count(keys: Iterable[str], name: str) -> int:

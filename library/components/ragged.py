@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,3 +29,11 @@ def mask(items: Sequence[Tensor], length: int = 0) -> Tensor | None:
     # Made on the device from lengths that the host knows, so that nothing is copied to it.
     place = torch.arange(longest, device=items[0].device)
     return torch.stack([place < len(item) for item in items])
+
+
+def scalars(conds: Sequence[Mapping[str, Tensor]], key: str, default: float, like: Tensor) -> Tensor:
+    """[B] float32 on the device of `like`: a number that items may have, else the default."""
+    import torch
+
+    fallback = torch.full((), default, dtype=torch.float32, device=like.device)  # a fill, not a copy
+    return torch.stack([cond[key].float() if key in cond else fallback for cond in conds])

@@ -1,0 +1,168 @@
+"""Multimodal diffusion transformers against outside oracles, and what training needs of them, file by file."""
+
+import pytest
+import torch
+from denoiser_cases import Transfers, identity, masks_seen, meta_layout, shortened
+from mmdit_cases import FULL_SIZE, GOLDENS
+from oracles import relative
+
+from library.checkpointing import checkpoint_blocks
+from library.checkpoints import save_part
+
+EVERY_CASE = [pytest.param(g, case, id=f"{g.file}-{case}") for g in GOLDENS for case in g.cases]
+EVERY_FILE = [pytest.param(g, id=g.file) for g in GOLDENS]
+EVERY_SIZE = [pytest.param(real, id=real.name) for real in FULL_SIZE]
+
+
+@pytest.mark.parametrize(("file", "case"), EVERY_CASE)
+def test_the_velocity_is_that_of_an_independent_implementation(file, case, tmp_path):
+    with torch.no_grad():
+        out = file.predict(file.model(tmp_path), *file.inputs(case))
+    assert out.dtype == torch.float32 and relative(out, file.output(case)) < file.tolerance
+
+
+@pytest.mark.parametrize(("file", "case"), EVERY_CASE)
+def test_a_lora_in_the_files_own_coordinates_gives_the_independent_implementations_output(file, case, tmp_path):
+    with torch.no_grad():
+        out = file.predict(file.model(tmp_path, with_lora=True), *file.inputs(case))
+    assert relative(out, file.output(case, "out_lora")) < file.tolerance
+    assert relative(file.output(case), file.output(case, "out_lora")) > 1e-2
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_saved_model_is_the_file_that_was_loaded(file, tmp_path):
+    from safetensors.torch import load_file
+
+    save_part(file.model(tmp_path), tmp_path / "saved.safetensors", {})
+    saved, expected = load_file(tmp_path / "saved.safetensors"), file.weights()
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[key], expected[key]) for key in saved)
+
+
+@pytest.mark.parametrize("real", EVERY_SIZE)
+def test_every_key_of_the_real_file_is_claimed_with_its_shape(real):
+    assert not real.unclaimed(real.shapes)
+
+
+@pytest.mark.parametrize("real", EVERY_SIZE)
+def test_the_toy_file_is_a_whole_small_model(real):
+    assert not real.unclaimed(real.toy)
+
+
+@pytest.mark.parametrize("real", EVERY_SIZE)
+def test_a_diffusers_folder_gives_the_same_model(real):
+    ours = meta_layout(real.part, real.shapes).shapes
+    assert real.part.recognise(ours) == "diffusers" and meta_layout(real.part, ours).shapes == ours
+
+
+@pytest.mark.parametrize("form", ["comfy", "kohya"])
+@pytest.mark.parametrize("real", EVERY_SIZE)
+def test_every_adapter_name_that_is_saved_is_one_that_comfyui_takes_for_the_same_weight(real, form):
+    stems, taken = real.adapter_stems(form), real.taken_by_comfyui()
+    assert len(stems) > 20
+    assert stems == {stem: taken.get(stem) for stem in stems}
+
+
+@pytest.mark.parametrize("real", [one for one in EVERY_SIZE if one.values[0].converter])
+def test_the_layout_is_diffusers_own_converter(real):
+    assert not real.differences_from_converter()
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_small_file_is_named_by_family_and_variant(file):
+    found = identity({key: tuple(value.shape) for key, value in file.weights().items()})
+    assert (found.kind, found.family, found.variant) == ("checkpoint", file.family, file.variant)
+
+
+@pytest.mark.parametrize("real", EVERY_SIZE)
+def test_a_file_is_named_by_family_and_variant_under_every_container_prefix(real):
+    for prefix in real.part.prefixes:
+        found = identity({prefix + key: shape for key, shape in real.shapes.items()})
+        assert (found.kind, found.family, found.variant) == ("checkpoint", real.family, real.variant), prefix
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_batch_of_two_lengths_is_two_batches_of_one(file, tmp_path):
+    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs(file.cases[-1])
+    conds = shortened(conds)
+    with torch.no_grad(), masks_seen() as masks:
+        both = file.predict(model, noisy, sigma, conds)
+        assert not file.masks or any(mask is not None for mask in masks)
+        masks.clear()
+        each = [file.predict(model, noisy[k : k + 1], sigma[k : k + 1], conds[k : k + 1]) for k in (0, 1)]
+        same = file.predict(model, noisy, sigma, file.inputs(file.cases[-1])[2])
+        assert masks and all(mask is None for mask in masks), "a mask where every token counts"
+    assert relative(both, torch.cat(each)) < 1e-5 and relative(both[1], same[1]) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_under_bf16_times_and_guidance_reach_their_embedding_in_float32(file, mode, tmp_path):
+    from diffusers.models.embeddings import Timesteps
+
+    model, seen = file.model(tmp_path, dtype=torch.bfloat16 if mode == "bf16 weights" else torch.float32), []
+    for module in model.modules():
+        if isinstance(module, Timesteps):
+            module.register_forward_hook(lambda m, args, out: seen.append(args[0].double().flatten() * m.scale))
+    noisy, _, conds = file.inputs(file.cases[-1])
+    sigma, guidance = torch.tensor([0.12345, 0.98765]), torch.tensor(3.3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        out = file.predict(model, noisy, sigma, [cond | {"guidance": guidance} for cond in conds])
+    expected = [*sigma, guidance, torch.tensor(0.0), *(cond["next_sigma"] for cond in conds if "next_sigma" in cond)]
+    expected = torch.stack(expected).double() * 1000
+    for times in seen:
+        assert (times[:, None] - expected).abs().amin(1).max() < 1e-3
+    assert any((times[:, None] - expected[:2]).abs().amin(1).max() < 1e-3 for times in seen)
+    assert out.dtype == torch.float32 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_checkpointed_blocks_give_the_same_output_and_gradients(file, tmp_path):
+    model, (noisy, sigma, conds) = file.model(tmp_path).requires_grad_(True).train(), file.inputs(file.cases[-1])
+    conds = shortened(conds)
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        out = file.predict(model, noisy, sigma, conds)
+        out.square().mean().backward()
+        return out.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+    out, before = gradients()
+    assert checkpoint_blocks(model, file.module.BLOCKS) >= 2
+    again, after = gradients()
+    assert relative(again, out) < 1e-6 and before.keys() == after.keys() and len(before) > 20
+    assert max(relative(after[k], before[k]) for k in before if before[k].norm() > 1e-6) < 1e-4
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_step_neither_reads_from_the_device_nor_copies_to_it(file, tmp_path):
+    """On the meta device nothing can be read; what is made of host data is recorded."""
+    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs(file.cases[-1])
+    conds = [{key: value.to("meta") for key, value in cond.items()} for cond in shortened(conds)]
+    model, noisy, sigma = model.to("meta"), noisy.to("meta"), sigma.to("meta")
+    with torch.no_grad(), Transfers() as transfers:
+        out = file.predict(model, noisy, sigma, conds)
+    assert out.shape == noisy.shape and not transfers.found
+
+
+TENCENT = (  # what ComfyUI replaces in Tencent's names as it loads them
+    ("_embedder.mlp.0.", "_embedder.in_layer."), ("_embedder.mlp.2.", "_embedder.out_layer."),
+    ("_embedder.linear_1.", "_embedder.in_layer."), ("_embedder.linear_2.", "_embedder.out_layer."),
+    ("_mod.linear.", "_mod.lin."), ("modulation.linear.", "modulation.lin."), ("_attn_qkv.", "_attn.qkv."),
+    ("_attn_proj.", "_attn.proj."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2."),
+    ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"), ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
+    (".q_norm.weight", ".norm.query_norm.scale"), (".k_norm.weight", ".norm.key_norm.scale"),
+    ("_in.mlp.0.", "_in.in_layer."), ("_in.mlp.2.", "_in.out_layer."),
+)  # fmt: skip
+
+
+def test_tencents_names_are_what_comfyui_makes_its_own_from():
+    real = next(real for real in FULL_SIZE if real.name == "hunyuan_image")
+    original, comfy = (meta_layout(real.part, real.shapes, name) for name in ("original", "comfy"))
+    renamed = {}
+    for entry in original.entries:
+        name = entry.theirs
+        for old, new in TENCENT:
+            name = name.replace(old, new)
+        renamed[name] = entry.ours
+    assert original.their_shapes == real.shapes
+    assert renamed == {entry.theirs: entry.ours for entry in comfy.entries}
