@@ -42,7 +42,8 @@ class Golden:
     def output(self, case: str, kind: str = "out") -> Any:
         """The independent implementation's output, None where the file has none of this kind."""
         tensors = golden(self.file)
-        return tensors.get(f"case.{case}.{kind}", tensors.get(f"outputs/{case}"))
+        found = tensors.get(f"case.{case}.{kind}", tensors.get(f"outputs/{case}"))
+        return found.reshape(self.noisy(case, self.inputs(case)).shape)
 
     def weights(self, with_lora: bool = False) -> dict[str, Any]:
         tensors = golden(self.file)
@@ -82,6 +83,20 @@ def with_references(case: str, inputs: dict) -> list[dict]:
     return [text | control for text, control in zip(texts(case, inputs), controls, strict=True)]
 
 
+def anima(case: str, inputs: dict) -> list[dict]:
+    def cut(key: str, lengths: str) -> list:
+        n = inputs.get(lengths, torch.full((2,), inputs[key].shape[1])).tolist()
+        return [row[:k] for row, k in zip(inputs[key], n, strict=True)]
+
+    pairs = zip(cut("qwen", "qwen_lens"), cut("t5_ids", "t5_lens"), strict=True)
+    return [{"text": states, "t5_ids": ids} for states, ids in pairs]
+
+
+def picture(case: str, inputs: dict) -> Any:
+    """One frame: a batch of pictures, as the families of pictures get it."""
+    return inputs["x"][:, :, 0]
+
+
 def wan_i2v(case: str, inputs: dict) -> list[dict]:
     context = inputs.get("context", inputs.get("context_first20"))
     conds = [{"text": text, "image_latents": x[16:]} for text, x in zip(context, inputs["x"], strict=True)]
@@ -109,5 +124,9 @@ GOLDENS = (
     Golden(
         "omnigen2", "omnigen2", with_references, cases=("plain", "edit", "ragged_edit"),
         times=lambda sigma: (1 - sigma) * 1000,
+    ),
+    Golden("cosmos_predict2", "cosmos_predict2", texts, picture, options={"tokens": 9}, times=lambda sigma: sigma),
+    Golden(
+        "anima", "anima", anima, picture, cases=("plain", "ragged"), times=lambda sigma: sigma, ragged=("text", "t5_ids"),
     ),
 )  # fmt: skip
