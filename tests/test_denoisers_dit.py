@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from denoiser_cases import Transfers
 from dit_cases import GOLDENS
 from oracles import relative
 
@@ -109,3 +110,17 @@ def test_no_mask_is_made_where_all_texts_are_equally_long(file, tmp_path, monkey
     with torch.no_grad():
         file.module.predict(model, file.noisy(case, inputs), file.sigma(case, inputs), conds, **file.options)
     assert masks and all(mask is None for mask in masks)
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_predict_neither_waits_for_the_device_nor_copies_to_it(file, tmp_path):
+    """On the meta device whatever reads a value back raises."""
+    model, case = file.model(tmp_path).to("meta"), file.cases[0]
+    inputs = file.inputs(case)
+    conds = (file.conds(case, inputs) * 2)[:2]
+    conds[1] = conds[1] | {key: conds[1][key][:-3] for key in file.ragged}
+    noisy, sigma = (torch.cat([t, t])[:2].to("meta") for t in (file.noisy(case, inputs), file.sigma(case, inputs)))
+    conds = [{key: value.to("meta") for key, value in cond.items()} for cond in conds]
+    with torch.no_grad(), Transfers() as transfers:
+        out = file.module.predict(model, noisy, sigma, conds, **file.options)
+    assert out.shape == noisy.shape and not transfers.found

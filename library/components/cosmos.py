@@ -1,4 +1,4 @@
-"""NVIDIA's Cosmos-Predict2 transformer, which Anima shares: its names, sizes, and the picture or video that it is given.
+"""NVIDIA's Cosmos-Predict2 transformer, which Anima shares: its names, its sizes, what it is given.
 
 Facts: plain flow time in 0..1 without a factor, noise - x0 is returned, text is zero-padded to 512 tokens without a
 mask, and one channel more says where a picture is padded: nowhere, here.
@@ -37,7 +37,7 @@ ROWS: list[Row] = [
 ]
 CARRIED = (  # counters and tables in NVIDIA's files
     "accum_video_sample_counter", "accum_image_sample_counter", "accum_iteration", "accum_train_in_hours",
-    "pos_embedder.seq", "pos_embedder.dim_spatial_range", "pos_embedder.dim_temporal_range",
+    "pos_embedder.",
 )  # fmt: skip
 BLOCKS = ("transformer_blocks",)
 PREFIXES = ("net.", "", "model.diffusion_model.", "diffusion_model.")
@@ -79,7 +79,7 @@ def config(shapes: Mapping[str, Shape], layout: str) -> dict[str, Any]:
 
 
 def video_of(noisy: Tensor) -> Tensor:
-    """Pictures [B,C,h,w] as videos of one frame, and videos [B,C,F,h,w], with a channel that says: nothing is padded."""
+    """Pictures [B,C,h,w] as one-frame videos, or videos [B,C,F,h,w], and a channel that says: nothing is padded."""
     import torch
 
     video = noisy.unsqueeze(2) if noisy.ndim == 4 else noisy

@@ -16,9 +16,9 @@ class Anima(CosmosTransformer3DModel):
         self.llm_adapter = AnimaTextConditioner(**adapter)
 
     def forward(self, video: Tensor, time: Tensor, states: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
-        """[B,C+1,F,h,w] (the last channel 0), time [B] float32 in 0..1, Qwen3 states [T_i,D] and T5 token ids [M_i] -> noise - data.
+        """[B,C+1,F,h,w] (the last channel 0), time [B] float32 in 0..1, Qwen3 states [T_i,D], T5 token ids [M_i].
 
-        The ids are the adapter's queries; what it makes of them is zero-padded to 512 tokens.
+        Returns noise - data. The ids are the adapter's queries; what it makes of them is zero-padded to 512 tokens.
         """
         text = self.llm_adapter(ragged.pad(states), ragged.pad(ids), ragged.mask(ids), ragged.mask(states))
         return super().forward(video, time, text, return_dict=False)[0]
