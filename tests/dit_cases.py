@@ -92,6 +92,11 @@ def anima(case: str, inputs: dict) -> list[dict]:
     return [{"text": states, "t5_ids": ids} for states, ids in pairs]
 
 
+def hidream(case: str, inputs: dict) -> list[dict]:
+    names = {"context": "text", "llama": "llama", "y": "pooled"}
+    return [{ours: inputs[theirs][k] for theirs, ours in names.items()} for k in range(len(inputs["x"]))]
+
+
 def picture(case: str, inputs: dict) -> Any:
     """One frame: a batch of pictures, as the families of pictures get it."""
     return inputs["x"][:, :, 0]
@@ -113,6 +118,13 @@ def wan_5b(case: str, inputs: dict) -> list[dict]:
 
 HEADS2 = {"num_attention_heads": "2"}
 GOLDENS = (
+    Golden(
+        "hidream", "hidream", hidream, sigma=per_mille, cases=("square", "tokens", "nonsquare_4d"), metadata=HEADS2,
+        ragged=(),
+    ),
+    Golden(
+        "auraflow", "auraflow", texts, cases=("plain", "odd"), metadata=HEADS2, options={"tokens": 9},
+    ),
     Golden("wan21_t2v", "wan", texts, sigma=per_mille, cases=("out",), metadata=HEADS2, options={"tokens": 20}),
     Golden("wan21_i2v", "wan", wan_i2v, lambda c, i: i["x"][:, :16], per_mille, ("out",), HEADS2),
     Golden("wan22_i2v_a14b", "wan", wan_i2v, lambda c, i: i["x"][:, :16], per_mille, ("out",), HEADS2, {"tokens": 20}),

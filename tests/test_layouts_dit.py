@@ -23,7 +23,7 @@ FILES = {  # key list -> family
     "wan": "wan", "wan_t2v_14b": "wan", "wan_i2v_14b": "wan", "wan22_ti2v_5b": "wan", "wan22_a14b_t2v": "wan",
     "wan22_a14b_i2v": "wan", "lumina_2": "lumina_2",
     "omnigen2": "omnigen2", "cosmos_predict2": "cosmos_predict2", "cosmos_predict2_14b": "cosmos_predict2",
-    "anima": "anima",
+    "anima": "anima", "auraflow": "auraflow", "hidream": "hidream",
 }  # fmt: skip
 
 VARIANTS = {
@@ -91,6 +91,7 @@ CONVERTERS = {
     "wan_i2v_14b": "convert_wan_transformer_to_diffusers",
     "wan22_ti2v_5b": "convert_wan_transformer_to_diffusers",
     "lumina_2": "convert_lumina2_to_diffusers",
+    "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
     "cosmos_predict2": "convert_cosmos_transformer_checkpoint_to_diffusers",
 }
 

@@ -1,0 +1,92 @@
+"""HiDream I1, full, dev and fast (2025): double and single blocks with routed experts on Flux latents.
+
+Facts: the model is given sigma * 1000 and returns x0 - noise. Text is 128 T5 states and, of a Llama 3.1 8B, the
+states of a layer of its own for each block (128 tokens, no mask); pooled is CLIP-L's and CLIP-G's, side by side.
+Released files have diffusers' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from library.families.family import Cond, Part
+from library.layout import Shape, count, identity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# The width of a head in the published models. No shape shows it, so files of other sizes say in their header
+# metadata how many heads they have.
+HEAD, HEADS_KEY = 128, "num_attention_heads"
+LLAMA_LAYERS = 32  # block k sees the states of layer k, those beyond the last layer see the last
+ACTIVE_EXPERTS = 2  # of the routed ones, per token
+
+BLOCKS = ("double_stream_blocks", "single_stream_blocks")
+# All Linear layers of the blocks, those of the experts too, as diffusion-pipe (the seed's system) trains them.
+ADAPTED = ("double_stream_blocks.", "single_stream_blocks.")
+
+
+def recognise(shapes: Mapping[str, Shape]) -> str | None:
+    """The released file's names are diffusers' own, so a folder and a single file look the same."""
+    marks = ("double_stream_blocks.0.block.attn1.to_q_t.weight", "caption_projection.0.linear.weight")
+    return "comfy" if all(key in shapes for key in marks) else None
+
+
+def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str) -> dict[str, Any]:
+    width, values = shapes["x_embedder.proj.weight"]
+    heads = int(metadata.get(HEADS_KEY) or width // HEAD)
+    head, double, single = width // heads, count(shapes, BLOCKS[0]), count(shapes, BLOCKS[1])
+    last = count(shapes, "caption_projection") - 1  # the T5 states', after one for each block
+    return {
+        "patch_size": 2,
+        "in_channels": values // 4,
+        "out_channels": shapes["final_layer.linear.weight"][0] // 4,
+        "num_layers": double,
+        "num_single_layers": single,
+        "attention_head_dim": head,
+        "num_attention_heads": heads,
+        "caption_channels": [shapes[f"caption_projection.{k}.linear.weight"][1] for k in (last, 0)],
+        "text_emb_dim": shapes["p_embedder.pooled_embedder.linear_1.weight"][1],
+        "num_routed_experts": count(shapes, f"{BLOCKS[0]}.0.block.ff_i.experts"),
+        "num_activated_experts": ACTIVE_EXPERTS,
+        "axes_dims_rope": (head // 2, head // 4, head // 4),
+        "llama_layers": [min(k, LLAMA_LAYERS - 1) for k in range(double + single)],
+    }
+
+
+def build(configuration: dict[str, Any]) -> torch.nn.Module:
+    from library.models.hidream import HiDream
+
+    return HiDream(**configuration)
+
+
+DENOISER = Part(
+    name="denoiser",
+    title="a HiDream denoiser",
+    option="pretrained_model_name_or_path",
+    layouts={"comfy": identity},
+    recognise=recognise,
+    config=config,
+    build=build,
+    prefixes=("", "model.diffusion_model.", "diffusion_model."),
+    diffusers_folder="transformer",
+)
+
+
+def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond]) -> Tensor:
+    """Velocity [B,C,h,w] float32.
+
+    Conds: "text" [T,D], T5's states; "llama" [layers,L,D], the states after each layer; "pooled" [D]. All items have
+    the same T and L: there is no mask.
+    """
+    import torch
+
+    dtype = denoiser.x_embedder.proj.weight.dtype
+
+    def batch(key: str, dim: int = 0) -> Tensor:
+        return torch.stack([cond[key] for cond in conds], dim).to(dtype)
+
+    inputs = (sigma.float() * 1000, batch("text"), batch("llama", 1), batch("pooled"))
+    return -denoiser(noisy.to(dtype), *inputs, return_dict=False)[0].float()
