@@ -67,7 +67,8 @@ class NetworkTrainer:
         from library import prompts, strategies
 
         options, runtime = self.options, self.runtime
-        self.prompts = prompts.parse_prompts(Path(options.sample_prompts)) if options.sample_prompts else []
+        defaults = prompts.defaults_of(self.family)
+        self.prompts = prompts.parse_prompts(Path(options.sample_prompts), defaults) if options.sample_prompts else []
         encoders = strategies.Encoders(runtime.load_vae, runtime.load_image_encoders)
         self.latents = strategies.latent_source(
             self.dataset, self.family, encoders, options, runtime.rank, runtime.world

@@ -174,6 +174,13 @@ def rows_of(part: Part, name: str, shapes: Mapping[str, Shape]) -> list[Row]:
     return list(rows(shapes) if callable(rows) else rows)
 
 
+def layout_of(part: Part, name: str, shapes: Mapping[str, Shape]) -> Layout:
+    """A part's layout for a model with these parameters."""
+    other = part.kohya if part.kohya and name == next(iter(part.layouts)) else ""
+    kohya = Layout(other, rows_of(part, other, shapes), shapes) if other else None
+    return Layout(name, rows_of(part, name, shapes), shapes, kohya)
+
+
 def identity_rows(shapes: Mapping[str, Shape]) -> list[Row]:
     """The layout of a file that already has our names."""
     return [Row(key, (key,)) for key in shapes]
@@ -228,7 +235,7 @@ def load_part(
     with torch.device("meta"):
         model = part.build(config)
     ours = shapes_of(model)
-    layout = Layout(layout_name, rows_of(part, layout_name, ours), ours)
+    layout = layout_of(part, layout_name, ours)
     extras = _check(part, path, layout, shapes)
     with checkpoint.reader() as reader:
         state = {}

@@ -63,8 +63,9 @@ def dump_batch(
 def padded(conds: list[Cond]) -> dict[str, Tensor]:
     """Ragged conditioning as padded tensors with masks; values without a token axis are stacked."""
     out = {}
-    for name in conds[0]:
-        values = [cond[name] for cond in conds]
+    for name in dict.fromkeys(name for cond in conds for name in cond):
+        given = next(cond[name] for cond in conds if name in cond)
+        values = [cond.get(name, given[:0] if given.ndim else given * 0) for cond in conds]
         if values[0].ndim < 2:
             out[f"cond.{name}"] = torch.stack(values)
             continue

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
-from library.prompts import Prompt, check, notes, parse_prompts, seed_of
+from library.prompts import Prompt, check, defaults_of, notes, parse_line, parse_prompts, seed_of
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from library.families.family import Family
+    from library.families.family import Family, Part
+
+
+TYPES = {"int": int, "float": float, "str": str, "path": str}
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(family: Family) -> argparse.ArgumentParser:
     parser = Parser(description=f"Make pictures with {family.title} and LoRAs of it.", allow_abbrev=False)
-    add = parser.add_argument
+    add, usual = parser.add_argument, defaults_of(family)
     add("--dit", "--pretrained_model_name_or_path", dest=family.denoiser.option, required=True, help="denoiser file")
     add("--vae", help="VAE file; default: inside of the denoiser's file")
     for part in family.parts[2:]:
@@ -42,11 +44,18 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--lora_multiplier", nargs="*", type=float, default=[], help="their strengths; 1 if not given")
     add("--prompt", help="text of the picture")
     add("--from_file", help="prompt file as for training (txt, toml, json); what a prompt does not say is as below")
+    add("--interactive", action="store_true", help="read prompts, one a line as in a prompt file, until the end")
     add("--negative_prompt", default="")
     add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), default=[family.resolution] * 2)
-    add("--infer_steps", type=int, default=20)
-    add("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 = off")
+    add("--infer_steps", type=int, default=usual.sample_steps)
+    add("--guidance_scale", type=float, default=usual.scale, help="classifier-free guidance; 1 = off")
+    if usual.guidance_scale is not None:
+        text = "guidance that the model itself was trained with"
+        add("--embedded_guidance", type=float, default=usual.guidance_scale, help=text)
     add("--flow_shift", type=float, default=family.defaults.get("discrete_flow_shift", 1.0))
+    for option in family.inference_options:
+        kind = {"action": "store_true"} if option.kind == "flag" else {"type": TYPES[option.kind]}
+        add(f"--{option.name}", default=option.default, help=option.help, **kind)
     add("--seed", type=int, default=0, help="of the first picture, then counting up; below 0: a new one")
     add("--save_path", required=True, help="a .png file for one --prompt, or a folder")
     add("--device", default=None, help="cuda, cpu, mps; default: the best there is")
@@ -55,14 +64,23 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
-    """The prompts to draw. Raises ConfigError."""
-    if (arguments.prompt is None) == (arguments.from_file is None):
-        raise ConfigError("give one of --prompt and --from_file")
-    height, width = arguments.image_size
-    plain = Prompt(arguments.prompt or "", arguments.negative_prompt, width, height, None,
-                   arguments.infer_steps, arguments.guidance_scale, None, arguments.flow_shift)  # fmt: skip
-    check(plain, "command line")
+    """The prompts to draw, none yet for --interactive. Raises ConfigError."""
+    sources = (arguments.prompt is not None, arguments.from_file is not None, arguments.interactive)
+    if sum(sources) != 1:
+        raise ConfigError("give one of --prompt, --from_file and --interactive")
+    plain = check(plain_prompt(arguments), "command line")
+    if arguments.interactive:
+        return []
     return [plain] if arguments.from_file is None else parse_prompts(Path(arguments.from_file), plain)
+
+
+def plain_prompt(arguments: argparse.Namespace) -> Prompt:
+    """The prompt of the command line, which also is what other prompts get that do not say."""
+    height, width = arguments.image_size
+    return Prompt(
+        arguments.prompt or "", arguments.negative_prompt, width, height, None, arguments.infer_steps,
+        arguments.guidance_scale, getattr(arguments, "embedded_guidance", None), arguments.flow_shift,
+    )  # fmt: skip
 
 
 def paths_of(arguments: argparse.Namespace, seeds: list[int]) -> list[Path]:
@@ -71,8 +89,8 @@ def paths_of(arguments: argparse.Namespace, seeds: list[int]) -> list[Path]:
     if target.suffix.lower() in (".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--save_path {target}: pictures are written as .png")
     if target.suffix.lower() == ".png":
-        if arguments.from_file is not None:
-            raise ConfigError(f"--save_path {target}: with --from_file it is a folder")
+        if arguments.prompt is None:
+            raise ConfigError(f"--save_path {target}: with --from_file and --interactive it is a folder")
         return [target]
     if target.is_file():
         raise ConfigError(f"--save_path {target}: it is a file; give a folder, or a name that ends in .png")
@@ -90,13 +108,47 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
     seeds = [seed_of(prompt, number, first) for number, prompt in enumerate(prompts)]
     paths = paths_of(arguments, seeds)
     family = _check_files(family, arguments, paths)
+    _say(prompts, family)
+    studio = Studio(family, arguments)
+    if arguments.interactive:
+        interact(studio, first)
+        return
+    conds = [studio.conditions(prompt) for prompt in prompts]
+    studio.drop_encoders()  # never resident together with the denoiser
+    for path, prompt, pair, seed in zip(paths, prompts, conds, seeds, strict=True):
+        _save(studio.draw(prompt, pair, seed), path, prompt)
+
+
+def _say(prompts: list[Prompt], family: Family) -> None:
     for note in notes(prompts, family):
         print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def _save(picture: np.ndarray, path: Path, prompt: Prompt) -> None:
     from library.pictures import save_png
 
-    for path, prompt, picture in zip(paths, prompts, _pictures(family, arguments, prompts, seeds), strict=True):
-        save_png(picture, path, {"prompt": prompt.prompt})
-        print(f"saved {path}", flush=True)
+    save_png(picture, path, {"prompt": prompt.prompt})
+    print(f"saved {path}", flush=True)
+
+
+def interact(studio: Studio, first: int) -> None:
+    """Draw each line of standard input, as in a prompt file; a mistake is said and the next line is read."""
+    arguments, number = studio.arguments, 0
+    if sys.stdin.isatty():
+        print("a prompt and its options (--w 1024 --h 1024 --d 1 ...) a line; an empty line ends", flush=True)
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        try:
+            prompt = parse_line(line.strip(), f"line {number + 1}", plain_prompt(arguments))
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        _say([prompt], studio.family)
+        seed = seed_of(prompt, number, first)
+        path = Path(arguments.save_path) / f"{number:03d}_{seed}.png"
+        _save(studio.draw(prompt, studio.conditions(prompt), seed), path, prompt)
+        number += 1
 
 
 def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path]) -> Family:
@@ -112,7 +164,8 @@ def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path
     for path in arguments.lora_weight:
         if not Path(path).is_file():
             raise ConfigError(f"--lora_weight {path}: no such file")
-    check_writable(paths[0].parent, bytes_needed=1024**2)
+    folder = paths[0].parent if paths else Path(arguments.save_path)
+    check_writable(folder, bytes_needed=1024**2)
     return family
 
 
@@ -124,52 +177,76 @@ def _device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _pictures(
-    family: Family, arguments: argparse.Namespace, prompts: list[Prompt], seeds: list[int]
-) -> Iterator[np.ndarray]:
-    """uint8 [H,W,3] of every prompt."""
-    import torch
+class Studio:
+    """The models of one run of the script, each loaded when it is first needed."""
 
-    from library import checkpoints, sample
+    def __init__(self, family: Family, arguments: argparse.Namespace) -> None:
+        import torch
 
-    device = arguments.device or _device()
-    dtype = getattr(torch, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"))
+        self.family, self.arguments = family, arguments
+        self.device = arguments.device or _device()
+        self.dtype = getattr(torch, arguments.dtype or ("float32" if self.device == "cpu" else "bfloat16"))
+        self.settings = {option.name: getattr(arguments, option.name) for option in family.inference_options}
 
-    def load(part: Any, kind: torch.dtype) -> torch.nn.Module:
-        path = checkpoints.path_of(part, arguments)
-        model = checkpoints.load_part(part, path, dtype=kind, device=device)
+    def _load(self, part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
+        from library import checkpoints
+
+        path = checkpoints.path_of(part, self.arguments)
+        model = checkpoints.load_part(part, path, dtype=dtype or self.dtype, device=self.device)
         return model.requires_grad_(False).eval()
 
-    conds = _conditions(family, arguments, prompts, lambda part: load(part, dtype), device)
-    denoiser = load(family.denoiser, dtype)
-    denoiser.binding.adapted = family.adapted
-    _merge(denoiser, arguments)
-    vae = load(family.vae, torch.float32)
-    for prompt, pair, seed in zip(prompts, conds, seeds, strict=True):
+    @functools.cached_property
+    def encoders(self) -> tuple[list[torch.nn.Module], list[Any]]:
+        from library.components.tokenizers import load_tokenizers
+
+        return [self._load(part) for part in self.family.text_encoders], load_tokenizers(self.family, self.arguments)
+
+    @functools.cached_property
+    def image_encoders(self) -> list[torch.nn.Module]:
+        return [self._load(part) for part in self.family.image_encoders]
+
+    @functools.cached_property
+    def vae(self) -> torch.nn.Module:
+        import torch
+
+        return self._load(self.family.vae, torch.float32)
+
+    @functools.cached_property
+    def denoiser(self) -> torch.nn.Module:
+        model = self._load(self.family.denoiser)
+        model.binding.adapted = self.family.adapted
+        _merge(model, self.arguments)
+        return model
+
+    def drop_encoders(self) -> None:
+        for name in ("encoders", "image_encoders"):
+            self.__dict__.pop(name, None)
+
+    def conditions(self, prompt: Prompt) -> tuple[dict, dict]:
+        """What conditions a picture, on the CPU."""
+        from library.sample import conditions_of
+        from library.strategies import Encoders
+
+        def encode(request: Any) -> dict:
+            return self.family.encode(*self.encoders, request.text(self.family), self.device)
+
+        pictures = Encoders(lambda: self.vae, lambda: self.image_encoders)
+        pair = conditions_of(prompt, self.family, encode, pictures, self.family.resolution, self.device)
+        cond, uncond = ({name: value.cpu() for name, value in one.items()} for one in pair)
+        return cond, uncond
+
+    def draw(self, prompt: Prompt, pair: tuple[dict, dict], seed: int) -> np.ndarray:
+        """uint8 [H,W,3]."""
+        from library import sample
+
+        family, denoiser = self.family, self.denoiser
         latents = sample.generate_latents(
             family, denoiser, *pair,
             shape=sample.latent_shape(family, prompt, family.channels_of(denoiser), family.resolution),
-            seed=seed, steps=prompt.sample_steps, scale=prompt.scale, shift=prompt.flow_shift, device=device,
+            seed=seed, steps=prompt.sample_steps, scale=prompt.scale, shift=prompt.flow_shift, device=self.device,
+            settings=self.settings,
         )  # fmt: skip
-        yield sample.decode(family, vae, latents)
-
-
-def _conditions(
-    family: Family, arguments: argparse.Namespace, prompts: list[Prompt], load: Callable, device: str
-) -> list[tuple[dict, dict]]:
-    """What conditions each picture; the encoders are gone when this returns, before the denoiser is loaded."""
-    from library.components.tokenizers import load_tokenizers
-    from library.sample import conditions_of
-    from library.strategies import Encoders
-
-    encoders, tokenizers = [load(part) for part in family.text_encoders], load_tokenizers(family, arguments)
-    vae = functools.cache(lambda: load(family.vae).float())
-    pictures = Encoders(vae, functools.cache(lambda: [load(part) for part in family.image_encoders]))
-
-    def encode(request: Any) -> dict:
-        return family.encode(encoders, tokenizers, request.text(family), device)
-
-    return [conditions_of(prompt, family, encode, pictures, family.resolution, device) for prompt in prompts]
+        return sample.decode(family, self.vae, latents)
 
 
 def _merge(denoiser: Any, arguments: argparse.Namespace) -> None:

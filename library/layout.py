@@ -107,6 +107,7 @@ class Layout:
     name: str
     rows: Sequence[Row]
     shapes: Mapping[str, Shape]
+    other: Layout | None = None  # the same model in the names of sd-scripts' LoRA files, where they are others
     entries: tuple[Entry, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +145,12 @@ class Layout:
     def their_shapes(self) -> dict[str, Shape]:
         """Original key -> shape that a complete file has."""
         return {entry.theirs: entry.shape for entry in self.entries}
+
+    @cached_property
+    def kohya_names(self) -> dict[str, str]:
+        """Original module name -> the name that sd-scripts' files are made of, where it is another one."""
+        names = {e.ours: name for name, e in self.other.their_modules.items()} if self.other else {}
+        return {name: names[e.ours] for name, e in self.their_modules.items() if names.get(e.ours, name) != name}
 
     @cached_property
     def their_modules(self) -> dict[str, Entry]:

@@ -170,6 +170,11 @@ def check(prompt: Prompt, where: str) -> Prompt:
     return prompt
 
 
+def defaults_of(family: Any) -> Prompt:
+    """What a prompt of this family gets that says nothing."""
+    return replace(BLANK, **family.sampling)
+
+
 def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     """What the text encoders are asked for: the prompt and its negative prompt."""
     from library.strategies import Request
@@ -194,7 +199,7 @@ def fitted(side: int, multiple: int) -> int:
 def notes(prompts: list[Prompt], family: Any) -> list[str]:
     """What prompts ask for and do not get, one sentence each."""
     said, multiple, title = [], family.pixel_multiple, family.title
-    has_guidance = any(option.name == "guidance_scale" for option in family.options)
+    has_guidance = "guidance_scale" in family.sampling
     for number, prompt in enumerate(prompts, 1):
         sides = [side for side in (prompt.width, prompt.height) if side and side != fitted(side, multiple)]
         if sides:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from library.data import buckets, images
 from library.data.images import to_tensor
 from library.families.family import ItemInput
+from library.guidance import guided
 from library.pictures import grid, save_png
 from library.prompts import fitted, notes, requests_of, seed_of
 from library.runtime import image_tokens
@@ -27,12 +28,8 @@ if TYPE_CHECKING:
     from library.strategies import Encoders, Request
 
 
-Guide = Callable[[Tensor, Tensor, float, int], Tensor]
-
-
-def guided(cond: Tensor, uncond: Tensor, scale: float, step: int) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): uncond + scale (cond - uncond)."""
-    return uncond + scale * (cond - uncond)
+def default_settings(family: Family) -> dict[str, Any]:
+    return {option.name: option.default for option in family.inference_options}
 
 
 @torch.no_grad()
@@ -48,13 +45,14 @@ def generate_latents(
     scale: float,
     shift: float,
     device: Any,
-    guide: Guide = guided,
+    settings: Mapping[str, Any] | None = None,
     sampler: str | None = None,
 ) -> Tensor:
     """Latents [1,C,h,w] float32 by a sampler of the family's objective (a flow: Euler on dx/dsigma = velocity).
 
-    The noise comes from a CPU generator, so a seed gives the same start on every device. `guide` joins the two
-    predictions; it and the unconditional one run only for scale != 1.
+    The noise comes from a CPU generator, so a seed gives the same start on every device. The unconditional prediction
+    is made, and the two are joined as the family does it, only for scale != 1. `settings` are the values of the
+    family's inference options, None = their defaults.
     """
     way, generator = family.objective.sampler(sampler), torch.Generator().manual_seed(seed)
 
@@ -64,8 +62,10 @@ def generate_latents(
     x = fresh()
     sigmas = way.times(steps, shift, image_tokens(family, shape)).to(device)
     conds = [{k: v.to(device) for k, v in c.items()} for c in ([cond, uncond] if scale != 1 else [cond])]
+    guide = family.guide(settings or default_settings(family), cond) if family.guide else guided
     for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        predicted = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), conds)
+        now_conds = [one | {"next_sigma": then} for one in conds]  # which few-step models want to know
+        predicted = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), now_conds)
         if scale != 1:
             predicted = guide(predicted[:1], predicted[1:], scale, step)
         x = way.step(x, predicted, now, then, fresh)

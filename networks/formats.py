@@ -130,7 +130,8 @@ def places_of(layout: Layout) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for name, entry in matrices:
         place = Place(name, entry)
-        found |= {name: place, name.replace(".", "_"): place}
+        kohya = layout.kohya_names.get(name, name)
+        found |= {name: place, name.replace(".", "_"): place, kohya: place, kohya.replace(".", "_"): place}
     for name, entry in matrices:
         for i, ours in enumerate(entry.ours):
             module = ours.removesuffix(".weight")
@@ -262,7 +263,7 @@ def write(modules: Modules, format_name: str, layout: Layout, dtype: torch.dtype
     form, tensors = FORMATS[format_name], {}
     for name, content in modules.items():
         entry = layout.their_modules[name]
-        for module, down, up in _pieces(form, name, entry, content):
+        for module, down, up in _pieces(form, spelled(form, name, layout), entry, content):
             stem = form.prefix + module.replace(".", form.separator)
             if form.alpha == "folded":
                 up = up * (content["alpha"] / content["up"].shape[1])
@@ -271,6 +272,11 @@ def write(modules: Modules, format_name: str, layout: Layout, dtype: torch.dtype
             if form.alpha == "tensor":
                 tensors[f"{stem}.alpha"] = torch.tensor(content["alpha"])
     return tensors
+
+
+def spelled(form: Format, name: str, layout: Layout) -> str:
+    """An original module's name as files of this format have it."""
+    return layout.kohya_names.get(name, name) if form.name == "kohya" else name
 
 
 def _pieces(form: Format, name: str, entry: Entry, content: Mapping[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
@@ -343,7 +349,7 @@ def _format_places(format_name: str, layout: Layout) -> Mapping[str, Place]:
     if form is None:
         return {prefix + name: place for prefix in PREFIXES for name, place in places.items()}
     if form.layout == "original":
-        names = list(layout.their_modules)
+        names = [spelled(form, name, layout) for name in layout.their_modules]
     else:
         names = [ours.removesuffix(".weight") for entry in layout.their_modules.values() for ours in entry.ours]
     return {form.prefix + n.replace(".", form.separator): places[n] for n in names if n in places}

@@ -263,10 +263,9 @@ def original_layout(unet: nn.Module) -> Layout:
     name = next(iter(part.layouts)) if part else binding.layout.name
     if name == binding.layout.name:
         return binding.layout
-    from library.checkpoints import rows_of
+    from library.checkpoints import layout_of
 
-    shapes = binding.layout.shapes
-    return Layout(name, rows_of(part, name, shapes), shapes)
+    return layout_of(part, name, binding.layout.shapes)
 
 
 def _build(make: Callable[[], list[LoRA]], layout: Layout, settings: Settings, multiplier: float) -> AdapterNetwork:

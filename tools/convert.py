@@ -67,17 +67,16 @@ def layout_of(part: Part, base: Path | None) -> Layout:
     """The original layout of a model of the base file's size, or of the released size, built on the meta device."""
     import torch
 
-    from library.checkpoints import find_part, rows_of
-    from library.layout import Layout, shapes_of
+    from library import checkpoints
+    from library.layout import shapes_of
 
     config = {}
     if base:
-        checkpoint, name = find_part(part, base)
+        checkpoint, name = checkpoints.find_part(part, base)
         config = part.config(checkpoint.shapes, checkpoint.metadata, name)
     with torch.device("meta"):
         shapes = shapes_of(part.build(config))
-    name = next(iter(part.layouts))
-    return Layout(name, rows_of(part, name, shapes), shapes)
+    return checkpoints.layout_of(part, next(iter(part.layouts)), shapes)
 
 
 def cost(modules: dict, to: str) -> list[str]:

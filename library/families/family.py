@@ -75,6 +75,7 @@ class Part:
     diffusers_folder: str = ""  # sub-folder of a diffusers repository that holds this part
     finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
     tokenizer: Tokenizer | None = None  # of a text encoder
+    kohya: str = ""  # the layout whose names sd-scripts' LoRA files have, if it is not the first one
 
     def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""
@@ -118,6 +119,9 @@ class Family:
     channels_of: Callable[..., int] = lambda denoiser: int(denoiser.config.in_channels)  # latent channels of a file
     text_prefixes: tuple[str, ...] = ()  # LoRA names of the text encoders that can be trained, in their order
     inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
+    # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance
+    guide: Callable[..., Any] | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -1,0 +1,53 @@
+"""How a prediction with the prompt and one without are joined while sampling. Pure functions and one small state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Guide = Callable[[Tensor, Tensor, float, int], Tensor]  # (with prompt, without, scale, step) -> joined
+
+
+def guided(cond: Tensor, uncond: Tensor, scale: float, step: int) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022): uncond + scale (cond - uncond)."""
+    return uncond + scale * (cond - uncond)
+
+
+def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """`guided` moved by `phi` towards the deviation of `cond`, per item (Lin et al. 2023, section 3.4)."""
+    if not phi:
+        return guided
+    axes = tuple(range(1, cond.ndim))
+    same = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+    return phi * same + (1 - phi) * guided
+
+
+def projected(cond: Tensor, difference: Tensor, threshold: float) -> Tensor:
+    """The part of `difference`, cut to the norm `threshold`, that is orthogonal to `cond` (Sadat et al. 2024, APG)."""
+    axes = tuple(range(1, cond.ndim))
+    size = difference.norm(dim=axes, keepdim=True)
+    difference = (difference * (threshold / size).clamp(max=1)).double()
+    along = torch.nn.functional.normalize(cond.double(), dim=axes)
+    return (difference - (difference * along).sum(axes, keepdim=True) * along).to(cond.dtype)
+
+
+def adaptive_projected(
+    *, start: int, scale: float, threshold: float, momentum: float, rescale: float, rescale_apg: float
+) -> Guide:
+    """Classifier-free guidance up to step `start`, adaptive projected guidance with `scale` after it.
+
+    The difference of the predictions is averaged over the steps with `momentum`, also before `start`. Made anew for
+    every picture, because it holds that average.
+    """
+    average: Tensor | float = 0.0
+
+    def guide(cond: Tensor, uncond: Tensor, cfg_scale: float, step: int) -> Tensor:
+        nonlocal average
+        average = (cond - uncond) + momentum * average
+        if step <= start:
+            return rescaled(guided(cond, uncond, cfg_scale, step), cond, rescale)
+        return rescaled(uncond + scale * projected(cond, average, threshold), cond, rescale_apg)
+
+    return guide
