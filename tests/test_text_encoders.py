@@ -8,7 +8,7 @@ import torch
 from oracles import golden, golden_metadata, load, read_json, relative, weights_of
 
 from library import checkpoints
-from library.components import clip, qwen3, qwen25_vl, t5
+from library.components import clip, decoder, gemma2, llama3, mistral, qwen3, qwen25_vl, t5, vision
 from library.errors import ConfigError
 from library.layout import Layout, shapes_of
 
@@ -26,7 +26,16 @@ PARTS = {  # key list of a real file -> the part that reads it
     "te_qwen3_0.6b": qwen3.part("a Qwen3 text encoder", "Qwen/Qwen3-0.6B"),
     "te_qwen3_4b": qwen3.part("a Qwen3 text encoder", "Qwen/Qwen3-4B"),
     "te_qwen3_8b": qwen3.part("a Qwen3 text encoder", "Qwen/Qwen3-8B"),
+    "te_llama3_8b": llama3.llava(),
+    "te_mistral_small_flux2": mistral.part(),
+    "te_mistral_small_flux2_pruned": mistral.part(),
+    "te_gemma2_2b": gemma2.part(),
 }
+OF_ONE_KIND = [
+    {"te_qwen25_vl_7b", "te_qwen25_3b"},
+    {"te_qwen3_0.6b", "te_qwen3_4b", "te_qwen3_8b"},
+    {"te_mistral_small_flux2", "te_mistral_small_flux2_pruned"},
+]
 
 
 def full_size(name):
@@ -51,8 +60,7 @@ def test_every_key_of_the_full_size_file_is_claimed_with_its_shape(name):
 def test_a_file_is_not_taken_for_another_encoder(name):
     shapes = full_size(name)
     takers = {other for other, part in PARTS.items() if part.recognise(shapes)}
-    sizes_of_one = [{"te_qwen25_vl_7b", "te_qwen25_3b"}, {"te_qwen3_0.6b", "te_qwen3_4b", "te_qwen3_8b"}]
-    assert takers == next((group for group in sizes_of_one if name in group), {name})
+    assert takers == next((group for group in OF_ONE_KIND if name in group), {name})
 
 
 def test_an_sdxl_checkpoint_holds_both_clips_in_its_own_names():
@@ -322,3 +330,128 @@ def test_what_no_file_holds_is_computed_in_float32_whatever_the_weights_are_in(t
     computed = dict(model.named_buffers())
     assert computed and all(b.dtype == torch.float32 and b.device.type == "cpu" for b in computed.values())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_picture_that_is_not_made_of_tokens_is_refused():
+    with pytest.raises(ValueError, match="tokens of 28 pixels"):
+        qwen25_vl.patches(picture(56, 60))
+
+
+HEAD = {"head_dim": "16"}
+DECODERS = {  # golden file -> part, what its header states, layers that are read
+    "te_qwen3_zimage": (qwen3.part("", ""), {}, -2),
+    "te_llama3_hunyuan": (llama3.llava(), HEAD, -3),
+    "te_llama3_hidream": (llama3.llama31(), HEAD | {"rope_type": '"default"'}, range(6)),
+    "te_mistral_flux2": (mistral.part(), HEAD, (1, 2, 4)),
+    "te_gemma2": (gemma2.part(), HEAD | {"attn_logit_softcapping": "null"}, -2),
+}
+
+
+@pytest.mark.parametrize("spelling", ["original", "flat", "language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("name", DECODERS)
+def test_language_models_give_the_layers_of_an_independent_implementation(name, spelling, tmp_path):
+    tensors = golden(name)
+    part, stated, layers = DECODERS[name]
+    weights = weights_of(tensors, "weights/")
+    if spelling != "original":
+        prefix = spelling if "." in spelling else ""
+        weights = {prefix + key.removeprefix("model."): value for key, value in weights.items()}
+    model = load(part, weights | {"vision_tower.x": torch.ones(1)}, tmp_path, **stated)
+    ids = tensors["inputs/input_ids"]
+    with torch.no_grad():
+        states = decoder.states(model, ids, layers)
+        assert relative(states, tensors["outputs/out"]) < TOLERANCE
+        padded, mask = torch.cat([ids, ids[:, :3]], 1), torch.ones(1, 10, dtype=torch.long)
+        mask[:, 7:] = 0  # on the right nothing attends to it, on the left it has to be hidden
+        right = decoder.states(model, padded, layers, mask)
+        assert relative(right[..., :7, :], tensors["outputs/out"]) < TOLERANCE
+        left = decoder.states(model, torch.cat([ids[:, :3], ids], 1), layers, mask.flip(1))
+        assert relative(left[..., 3:, :], tensors["outputs/out"]) < TOLERANCE
+
+
+def test_a_pruned_mistral_ends_with_the_bare_state_of_its_last_layer(tmp_path):
+    tensors = golden("te_mistral_flux2")
+    kept = {
+        k: v for k, v in weights_of(tensors, "weights/").items() if ".layers.4." not in k and k != "model.norm.weight"
+    }
+    model = load(mistral.part(), kept | {"tekken_model": torch.zeros(3, dtype=torch.uint8)}, tmp_path, **HEAD)
+    with torch.no_grad():
+        states = decoder.states(model, tensors["inputs/input_ids"], (1, 2, 4))
+    assert relative(states, tensors["outputs/out"]) < TOLERANCE
+
+
+def test_what_comfyui_leaves_out_is_the_published_constant_unless_a_header_says_otherwise(tmp_path):
+    gemma = load(gemma2.part(), weights_of(golden("te_gemma2"), "weights/"), tmp_path, **HEAD)
+    assert gemma.config.attn_logit_softcapping == 50.0 and gemma.config._attn_implementation == "eager"
+    with torch.no_grad():
+        out = decoder.states(gemma, golden("te_gemma2")["inputs/input_ids"], -2)
+    assert 1e-5 < relative(out, golden("te_gemma2")["outputs/out"]) < 1e-2
+    llama = load(llama3.llama31(), weights_of(golden("te_llama3_hidream"), "weights/"), tmp_path, **HEAD)
+    plain = load(llama3.llava(), weights_of(golden("te_llama3_hidream"), "weights/"), tmp_path, **HEAD)
+    # Llama 3.1: wavelengths beyond 8192 are eight times as long, those below 2048 as they were
+    ratio = llama.rotary_emb.inv_freq / plain.rotary_emb.inv_freq
+    wave = 2 * torch.pi / plain.rotary_emb.inv_freq
+    assert torch.allclose(ratio[wave > 8192], torch.tensor(1 / 8)) and (wave > 8192).any()
+    assert torch.allclose(ratio[wave < 2048], torch.tensor(1.0)) and (wave < 2048).any()
+
+
+VISION = {"te_vision_clip_h": vision.clip_h(), "te_vision_siglip": vision.siglip()}
+
+
+@pytest.mark.parametrize("spelling", ["original", "flat"])
+@pytest.mark.parametrize("name", VISION)
+def test_image_encoders_give_the_states_of_an_independent_implementation(name, spelling, tmp_path):
+    tensors = golden(name)
+    weights = weights_of(tensors, "weights/")
+    if spelling == "flat":
+        weights = {key.removeprefix("vision_model."): value for key, value in weights.items()}
+    extra = {"logit_scale": torch.tensor(1.0)}
+    model = load(VISION[name], weights | extra, tmp_path, num_attention_heads="4")
+    with torch.no_grad():
+        assert (
+            relative(vision.states(model, tensors["inputs/pixel_values"], -2), tensors["outputs/penultimate"])
+            < TOLERANCE
+        )
+        assert relative(vision.states(model, tensors["inputs/pixel_values"]), tensors["outputs/last"]) < TOLERANCE
+
+
+PUBLISHED = {  # of laion/CLIP-ViT-H-14-laion2B-s32B-b79K and google/siglip-so400m-patch14-384
+    "te_vision_clip_h": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "num_channels": 3, "layer_norm_eps": 1e-5,
+    },
+    "te_vision_siglip": {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh", "image_size": 384, "patch_size": 14, "num_channels": 3, "layer_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_of_an_image_encoder_are_read_from_its_shapes(name):
+    part = VISION[name]
+    with torch.device("meta"):
+        ours = shapes_of(part.build(PUBLISHED[name]))
+    shapes = {f"vision_model.{key}": shape for key, shape in ours.items()}
+    assert part.recognise(shapes) == "original"
+    assert [other for other in VISION if VISION[other].recognise(shapes)] == [name]
+    assert part.config(shapes, {}, "original") == PUBLISHED[name]
+    assert layout_of(part, shapes, "original").their_shapes == shapes
+
+
+@pytest.mark.parametrize("size", [(28, 28), (60, 91), (100, 40)])
+def test_pictures_are_prepared_as_the_published_preprocessors_prepare_them(size, tmp_path):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    side = {"height": 28, "width": 28}
+    for name, crop, processor in (
+        ("te_vision_clip_h", True, CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=side)),
+        ("te_vision_siglip", False, SiglipImageProcessorPil(size=side)),
+    ):
+        model = load(VISION[name], weights_of(golden(name), "weights/"), tmp_path, num_attention_heads="4")
+        image = picture(*size)
+        expected = processor(as_pil(image), return_tensors="pt")["pixel_values"]
+        prepared = vision.prepare(model, image[None], crop=crop, clip_colours=name == "te_vision_clip_h")
+        assert prepared.shape == expected.shape == (1, 3, 28, 28)
+        assert float((prepared - expected).abs().max()) < 0.035  # two steps of 256

@@ -1,5 +1,9 @@
 """Tokenizers: where they are looked for, and that those of real models give the ids of an independent implementation."""
 
+import base64
+import io
+import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -49,17 +53,101 @@ def test_the_tokenizers_of_a_diffusers_folder_are_told_apart_by_its_numbers(tmp_
         assert tokenizers.tokenizer_path(part, options) == (str(tmp_path / folder), "")
 
 
-@real
-def test_a_sentencepiece_model_inside_of_a_weight_file_gives_sentencepieces_own_ids(tmp_path):
+def sentencepiece_model(kind):
+    """A small model with byte fallback, its special tokens where UMT5 and Gemma have them."""
     import sentencepiece
 
-    file = REAL / "t5_old" / "spiece.model"
-    raw = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-    save_file({"text_encoders.umt5xxl.transformer.spiece_model": raw}, tmp_path / "te.safetensors")
-    oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    for path in (tmp_path / "te.safetensors", file):
-        tokenizer = tokenizers.load_t5(str(path))
-        assert [tokenizer(text)["input_ids"] for text in TEXTS] == [[*oracle.encode(text), 1] for text in TEXTS]
+    special = {
+        "umt5": {"model_type": "unigram", "eos_id": 1, "bos_id": -1, "unk_id": 2},
+        "gemma": {
+            "model_type": "bpe", "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False, "normalization_rule_name": "identity", "bos_piece": "<bos>",
+            "eos_piece": "<eos>", "user_defined_symbols": ["<start_of_turn>"],
+        },
+    }[kind]  # fmt: skip
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red fox jumps over  the lazy dog", "hello world, 123 cats cat catalog"] * 20),
+        model_writer=out, vocab_size=310, byte_fallback=True, pad_id=0, hard_vocab_limit=False,
+        minloglevel=2, **special,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["umt5", "gemma"])
+def test_a_sentencepiece_model_inside_of_a_weight_file_gives_sentencepieces_own_ids(tmp_path, kind):
+    """Characters that it lacks are their bytes, not one unknown token."""
+    import sentencepiece
+
+    model = sentencepiece_model(kind)
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=model)
+    load = {"umt5": tokenizers.load_umt5, "gemma": tokenizers.load_gemma}[kind]
+    before, after = {"umt5": ([], [1]), "gemma": ([2], [])}[kind]
+    raw = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+    save_file({"text_encoders.x.transformer.spiece_model": raw}, tmp_path / "te.safetensors")
+    (tmp_path / "bare.model").write_bytes(model)
+    name = {"umt5": "spiece.model", "gemma": "tokenizer.model"}[kind]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(model)
+    (tmp_path / "folder" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "GemmaTokenizer", "add_bos_token": true}'
+    )
+    for path in ("te.safetensors", "bare.model", "folder"):
+        tokenizer = load(str(tmp_path / path))
+        for text in (*TEXTS, "😀 two\n\nlines"):
+            ids = tokenizer(text)["input_ids"]
+            assert ids == [*before, *oracle.encode(text), *after], (path, text)
+            assert oracle.unk_id() not in ids
+        assert tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"] == oracle.encode(TEXTS[0])
+        assert tokenizer.decode(tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]) == TEXTS[0]
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def merged(text, ranks):
+    """Byte pair encoding by rank, as tiktoken defines it: always join the pair whose join has the lowest rank."""
+    parts = [bytes([b]) for b in text.encode()]
+    while True:
+        joins = [(ranks[a + b], n) for n, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+        if not joins:
+            return [ranks[part] for part in parts]
+        _, n = min(joins)
+        parts[n : n + 2] = [parts[n] + parts[n + 1]]
+
+
+def test_a_tekken_model_inside_of_a_weight_file_gives_the_ids_of_its_ranks(tmp_path):
+    tokens = [bytes([n]) for n in range(256)]
+    tokens += [b"he", b"ll", b"hell", b" w", b"or", b"hello", "日".encode()[:2], "日".encode(), b"wor", b" wo"]
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    content = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            "num_vocab_tokens": len(tokens),
+            "default_vocab_size": len(tokens) + 10,
+            "default_num_special_tokens": 10,
+            "version": "v11",
+        },
+        "vocab": [
+            {"rank": n, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+            for n, token in enumerate(tokens)
+        ],
+        "special_tokens": [{"rank": n, "token_str": name, "is_control": True} for n, name in enumerate(special)],
+    }
+    raw = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    save_file({"tekken_model": raw}, tmp_path / "te.safetensors")
+    tokenizer = tokenizers.load_mistral(str(tmp_path / "te.safetensors"))
+    ranks = {token: n for n, token in enumerate(tokens)}
+    pieces = ["hello", " world", " 日", ",", " 1", "2", "\n", "hell"]
+    words = [*pieces[:4], " ", "1", *pieces[5:]]  # digits stand alone
+    expected = [10 + n for word in words for n in merged(word, ranks)]
+    assert tokenizer("".join(pieces), add_special_tokens=False)["input_ids"] == expected
+    ids = tokenizer("[SYSTEM_PROMPT]hello[/SYSTEM_PROMPT][INST]hell[/INST]", add_special_tokens=False)["input_ids"]
+    assert ids == [5, 10 + ranks[b"hello"], 6, 3, 10 + ranks[b"hell"], 4]
+
+
+def test_a_folder_without_a_vocabulary_is_refused_because_transformers_would_make_one_up(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ConfigError, match="holds no vocabulary"):
+        tokenizers.load_tokenizer(str(tmp_path))
 
 
 @real
@@ -101,7 +189,7 @@ def test_clips_ids_are_those_of_the_published_vocabulary():
 def test_a_weight_file_without_a_tokenizer_is_one_sentence(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "te.safetensors")
     with pytest.raises(ConfigError, match="te.safetensors holds no tokenizer"):
-        tokenizers.load_t5(str(tmp_path / "te.safetensors"))
+        tokenizers.load_umt5(str(tmp_path / "te.safetensors"))
 
 
 def test_ids_are_padded_on_either_side_with_their_mask():

@@ -14,8 +14,6 @@ from library.components.sizes import count, stated
 from library.layout import Row, Shape, row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
     from torch import Tensor
 
@@ -78,11 +76,28 @@ def states(
     return torch.stack([out.hidden_states[layer] for layer in layers], dim=1)
 
 
-def names(*inside: str) -> tuple[str, ...]:
-    """Container prefixes: none, a vision model's text half, ComfyUI's all-in-one files, a diffusers folder in one."""
-    return ("", "language_model.", *(f"text_encoders.{name}.transformer." for name in inside), "text_encoder.")
+def inside(*names: str) -> tuple[str, ...]:
+    """Prefixes in ComfyUI's all-in-one files, and in a whole pipeline saved as one file."""
+    return (*(f"text_encoders.{name}.transformer." for name in names), "text_encoder.")
 
 
-def published(shapes: Mapping[str, Shape], layout: str, widths: Iterable[int]) -> bool:
-    """Whether the file has one of these published widths (or, of a vocabulary, lengths)."""
-    return bool(set(shapes[f"{PREFIX[layout]}embed_tokens.weight"]) & set(widths))
+def names(*inside_of: str) -> tuple[str, ...]:
+    """Container prefixes: none, a vision model's text half, all-in-one files."""
+    return ("", "language_model.", "model.language_model.", *inside(*inside_of))
+
+
+# What files hold besides: the output head, and the picture half of LLaVA and Mistral.
+CARRIED = ("lm_head.weight", "vision_tower.", "multi_modal_projector.")
+
+
+def plain(shapes: Mapping[str, Shape], others: tuple[int, ...]) -> str | None:
+    """The spelling of a language model without anything special, like Llama's and Mistral's; None for another.
+
+    They are told apart by `others`: the published vocabularies of those that it is not.
+    """
+    layout = spelling(shapes)
+    if not layout or shapes[f"{PREFIX[layout]}embed_tokens.weight"][0] in others:
+        return None
+    special = ("self_attn.q_norm.weight", "self_attn.q_proj.bias", "pre_feedforward_layernorm.weight")
+    first = first_layer(shapes, layout)
+    return None if any(key in first for key in special) else layout

@@ -146,13 +146,13 @@ def old(title: str = "an old T5-11B text encoder", option: str = "t5xxl", folder
 
 def umt5(title: str = "a UMT5-XXL text encoder", option: str = "t5", folder: str = "text_encoder") -> Part:
     """google/umt5-xxl: Wan. ComfyUI's file holds its tokenizer."""
-    tokenizer = Tokenizer("tokenizer", "google/umt5-xxl", inside=tokenizers.SPIECE, load=tokenizers.load_t5)
+    tokenizer = Tokenizer("tokenizer", "google/umt5-xxl", inside=tokenizers.SPIECE, load=tokenizers.load_umt5)
     return _part("t5", title, option, folder, inside="umt5xxl", others=(PILE_XL,), tokenizer=tokenizer, every=True)
 
 
 def pile(title: str = "a Pile-T5-XL text encoder", option: str = "text_encoder", folder: str = "text_encoder") -> Part:
     """EleutherAI's Pile-T5-XL as UMT5: AuraFlow."""
-    tokenizer = Tokenizer("tokenizer", "fal/AuraFlow-v0.3", subfolder="tokenizer")
+    tokenizer = Tokenizer("tokenizer", "fal/AuraFlow", subfolder="tokenizer")
     return _part(
         "text_encoder",
         title,

@@ -13,6 +13,8 @@ from library.families.family import Family, Part
 from library.headers import read_header
 
 SPIECE = "spiece_model"  # in ComfyUI's UMT5 and Gemma files: the bytes of a sentencepiece model
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TEKKEN = "tekken_model"  # in ComfyUI's Mistral files: the bytes of a tekken.json
 
 
 def tokenizer_path(part: Part, options: Any) -> tuple[str, str]:
@@ -65,6 +67,10 @@ def load_tokenizer(path: str, subfolder: str = "", option: str = "tokenizer") ->
     """A tokenizer from a folder, or from the hub if the path does not exist. Raises ConfigError saying what to do."""
     from transformers import AutoTokenizer
 
+    folder = Path(path) / subfolder
+    if folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES):
+        # transformers builds an empty tokenizer from a configuration alone, and says nothing
+        raise ConfigError(f"tokenizer {folder} holds no vocabulary ({', '.join(VOCABULARIES[:3])}...); load it anew")
     try:
         return AutoTokenizer.from_pretrained(
             path, subfolder=subfolder, local_files_only=Path(path).exists(), trust_remote_code=False
@@ -81,18 +87,64 @@ def load_byt5(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
     """ByT5's tokens are the bytes, so that nothing has to be fetched where no folder is given."""
     from transformers import ByT5Tokenizer
 
-    return load_tokenizer(path, subfolder, option) if Path(path).exists() else ByT5Tokenizer()
+    return ByT5Tokenizer.from_pretrained(path, local_files_only=True) if Path(path).exists() else ByT5Tokenizer()
 
 
-def load_t5(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
-    """A T5 tokenizer from a folder or hub id, a sentencepiece model, or a weight file that holds one."""
-    from transformers import T5Tokenizer
+class SentencePiece:
+    """A sentencepiece model with those methods of transformers' tokenizers that families use.
 
+    transformers 5 rebuilds T5's tokenizer without the byte fallback that UMT5's vocabulary has: what is not in it
+    becomes one <unk> instead of its bytes.
+    """
+
+    def __init__(self, model: bytes, begin: bool, end: bool) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.model = SentencePieceProcessor(model_proto=model)
+        self.pad_token_id, self.eos_token_id = self.model.pad_id(), self.model.eos_id()
+        self.begin, self.end = [self.model.bos_id()] * begin, [self.model.eos_id()] * end
+
+    def __len__(self) -> int:
+        return self.model.vocab_size()
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = self.model.encode(text)
+        return {"input_ids": [*self.begin, *ids, *self.end] if add_special_tokens else ids}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.model.decode(list(ids))
+
+
+def load_umt5(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
+    """UMT5's tokenizer: a sentencepiece model, a weight file that holds one, a folder or hub id with spiece.model."""
+    from transformers.utils import cached_file
+
+    if Path(path).is_file():
+        return SentencePiece(held(path, SPIECE), begin=False, end=True)
+    try:
+        file = cached_file(path, "spiece.model", subfolder=subfolder, local_files_only=Path(path).exists())
+    except OSError as error:
+        reason = str(error).splitlines()[0][:160]
+        raise ConfigError(
+            f"tokenizer {path} cannot be loaded ({reason}); give --{option} a folder with spiece.model"
+        ) from None
+    return SentencePiece(Path(file).read_bytes(), begin=False, end=True)
+
+
+def load_gemma(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
+    """Gemma's tokenizer, which begins every text with <bos>: a folder or hub id, or a file as `load_umt5` takes it."""
+    if Path(path).is_file():
+        return SentencePiece(held(path, SPIECE), begin=True, end=False)
+    return load_tokenizer(path, subfolder, option)
+
+
+def load_mistral(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
+    """Mistral's tokenizer: a folder or hub id, a tekken.json, or a weight file that holds one."""
     if not Path(path).is_file():
         return load_tokenizer(path, subfolder, option)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "spiece.model").write_bytes(held(path, SPIECE))
-        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+        (Path(folder) / "tekken.json").write_bytes(held(path, TEKKEN))
+        return load_tokenizer(folder, option=option)
 
 
 def held(path: str, key: str) -> bytes:
