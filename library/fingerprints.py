@@ -85,6 +85,14 @@ VARIANTS: tuple[tuple[str, str, str, tuple[int | None, ...]], ...] = (
             "time_guidance_embed.guidance_embedder.linear_1.weight",
         )
     ),
+    ("flux", "flex.2", "img_in.weight", (None, 196)),
+    ("flux", "flex.2", "x_embedder.weight", (None, 196)),
+    ("flux", "fill", "img_in.weight", (None, 384)),
+    ("flux", "control", "img_in.weight", (None, 128)),
+    ("flux", "dev", "guidance_in.in_layer.weight", (None, None)),  # Kontext, Flex.1 and Krea have the same shapes
+    ("flux", "dev", "time_text_embed.guidance_embedder.linear_1.weight", (None, None)),
+    ("flux", "schnell", "vector_in.in_layer.weight", (None, None)),
+    ("flux", "schnell", "time_text_embed.text_embedder.linear_1.weight", (None, None)),
     ("wan", "2.1 first-and-last-frame", "img_emb.emb_pos", (None, None, None)),
     ("wan", "2.1 i2v", "blocks.0.cross_attn.k_img.weight", (None, None)),
     ("wan", "2.2 i2v", "patch_embedding.weight", (None, 36, None, None, None)),

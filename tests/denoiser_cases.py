@@ -68,6 +68,10 @@ class Golden:
         sigma = given["timestep"] / 1000 if self.per_mille else given["timestep"]
         return noisy, sigma, [cond | self.extra(given) for cond in conditions(given)]
 
+    @property
+    def inputs_of_last(self) -> tuple[Any, Any, list[dict]]:
+        return self.inputs(self.cases[-1])
+
     def output(self, case: str, kind: str = "out") -> Any:
         out = golden(self.file)[f"case.{case}.{kind}"]
         return out.squeeze(2) if out.ndim == 5 else out
@@ -140,6 +144,7 @@ class FullSize:
     family: str
     variant: str = ""
     converter: str = ""  # function in diffusers.loaders.single_file_utils
+    forms: tuple[str, ...] = ("comfy", "kohya")  # formats of adapters that ComfyUI takes whole
 
     @property
     def module(self) -> Any:
@@ -166,7 +171,7 @@ class FullSize:
         below = {key: shape for key, shape in shapes.items() if not self.part.may_carry(key, shape)}
         return {*meta_layout(self.part, shapes).their_shapes.items()} ^ {*below.items()}
 
-    def adapter_stems(self, form: str) -> dict[str, str]:
+    def adapter_stems(self, form: str) -> dict[str, Any]:
         """Names under which adapters of the modules that are trained by default are saved -> what they adapt."""
         shapes = self.shapes
         with torch.device("meta"):
@@ -177,7 +182,12 @@ class FullSize:
         for name, target in chosen.items():
             down, up = torch.zeros(1, *target.our_shape[1:]), torch.zeros(target.entry.shape[0], 1)
             written = formats.write({name: {"down": down, "up": up, "alpha": 1.0}}, form, layout)
-            stems |= {formats.split_key(key)[0]: f"diffusion_model.{name}.weight" for key in written}
+            weight, start = f"diffusion_model.{name}.weight", 0
+            for key in (key for key in written if formats.split_key(key)[1] == "up"):
+                length = len(written[key])
+                piece = {"weight": weight, "slice": {"dim": 0, "start": start, "length": length}}
+                stems[formats.split_key(key)[0]] = weight if length == target.entry.shape[0] else piece
+                start += length
         return stems
 
     def taken_by_comfyui(self) -> dict[str, Any]:

@@ -13,5 +13,15 @@ GLYPHS = ("plain", "byt5", "byt5_padded_diffusers")
 GOLDENS = (
     Golden("hunyuan_image", "hunyuan_image", GLYPHS, per_mille=True),
     Golden("hunyuan_image_distilled", "hunyuan_image", GLYPHS, per_mille=True, extra=leads_to, variant="distilled"),
+    Golden("flux", "flux", ("plain", "kontext", "kontext2"), variant="dev"),
+    Golden("flux", "flux", ("kontext2_index",), options={"references": "index"}, variant="dev"),
+    Golden("flux_schnell", "flux", variant="schnell"),
 )
-FULL_SIZE = (FullSize("hunyuan_image", "hunyuan_image"),)
+ALL_FORMS = ("comfy", "kohya", "diffusers")
+FLUX = "convert_flux_transformer_checkpoint_to_diffusers"
+FULL_SIZE = (
+    FullSize("hunyuan_image", "hunyuan_image"),
+    FullSize("flux", "flux", "dev", FLUX, ALL_FORMS),
+    FullSize("flux_schnell", "flux", "schnell", FLUX, ALL_FORMS),
+    FullSize("flux_kontext", "flux", "dev", FLUX, ALL_FORMS),
+)

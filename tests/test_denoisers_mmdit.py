@@ -4,10 +4,11 @@ import pytest
 import torch
 from denoiser_cases import Transfers, identity, masks_seen, meta_layout, shortened
 from mmdit_cases import FULL_SIZE, GOLDENS
-from oracles import relative
+from oracles import load, relative
 
 from library.checkpointing import checkpoint_blocks
 from library.checkpoints import save_part
+from library.errors import ConfigError
 
 EVERY_CASE = [pytest.param(g, case, id=f"{g.file}-{case}") for g in GOLDENS for case in g.cases]
 EVERY_FILE = [pytest.param(g, id=g.file) for g in GOLDENS]
@@ -54,8 +55,7 @@ def test_a_diffusers_folder_gives_the_same_model(real):
     assert real.part.recognise(ours) == "diffusers" and meta_layout(real.part, ours).shapes == ours
 
 
-@pytest.mark.parametrize("form", ["comfy", "kohya"])
-@pytest.mark.parametrize("real", EVERY_SIZE)
+@pytest.mark.parametrize(("real", "form"), [pytest.param(r, f, id=f"{r.name}-{f}") for r in FULL_SIZE for f in r.forms])
 def test_every_adapter_name_that_is_saved_is_one_that_comfyui_takes_for_the_same_weight(real, form):
     stems, taken = real.adapter_stems(form), real.taken_by_comfyui()
     assert len(stems) > 20
@@ -82,14 +82,14 @@ def test_a_file_is_named_by_family_and_variant_under_every_container_prefix(real
 
 @pytest.mark.parametrize("file", EVERY_FILE)
 def test_a_batch_of_two_lengths_is_two_batches_of_one(file, tmp_path):
-    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs(file.cases[-1])
+    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs_of_last
     conds = shortened(conds)
     with torch.no_grad(), masks_seen() as masks:
         both = file.predict(model, noisy, sigma, conds)
         assert not file.masks or any(mask is not None for mask in masks)
         masks.clear()
         each = [file.predict(model, noisy[k : k + 1], sigma[k : k + 1], conds[k : k + 1]) for k in (0, 1)]
-        same = file.predict(model, noisy, sigma, file.inputs(file.cases[-1])[2])
+        same = file.predict(model, noisy, sigma, file.inputs_of_last[2])
         assert masks and all(mask is None for mask in masks), "a mask where every token counts"
     assert relative(both, torch.cat(each)) < 1e-5 and relative(both[1], same[1]) > 1e-4
 
@@ -103,7 +103,7 @@ def test_under_bf16_times_and_guidance_reach_their_embedding_in_float32(file, mo
     for module in model.modules():
         if isinstance(module, Timesteps):
             module.register_forward_hook(lambda m, args, out: seen.append(args[0].double().flatten() * m.scale))
-    noisy, _, conds = file.inputs(file.cases[-1])
+    noisy, _, conds = file.inputs_of_last
     sigma, guidance = torch.tensor([0.12345, 0.98765]), torch.tensor(3.3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         out = file.predict(model, noisy, sigma, [cond | {"guidance": guidance} for cond in conds])
@@ -117,7 +117,7 @@ def test_under_bf16_times_and_guidance_reach_their_embedding_in_float32(file, mo
 
 @pytest.mark.parametrize("file", EVERY_FILE)
 def test_checkpointed_blocks_give_the_same_output_and_gradients(file, tmp_path):
-    model, (noisy, sigma, conds) = file.model(tmp_path).requires_grad_(True).train(), file.inputs(file.cases[-1])
+    model, (noisy, sigma, conds) = file.model(tmp_path).requires_grad_(True).train(), file.inputs_of_last
     conds = shortened(conds)
 
     def gradients():
@@ -136,12 +136,22 @@ def test_checkpointed_blocks_give_the_same_output_and_gradients(file, tmp_path):
 @pytest.mark.parametrize("file", EVERY_FILE)
 def test_a_step_neither_reads_from_the_device_nor_copies_to_it(file, tmp_path):
     """On the meta device nothing can be read; what is made of host data is recorded."""
-    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs(file.cases[-1])
+    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs_of_last
     conds = [{key: value.to("meta") for key, value in cond.items()} for cond in shortened(conds)]
     model, noisy, sigma = model.to("meta"), noisy.to("meta"), sigma.to("meta")
     with torch.no_grad(), Transfers() as transfers:
         out = file.predict(model, noisy, sigma, conds)
     assert out.shape == noisy.shape and not transfers.found
+
+
+@pytest.mark.parametrize("file", [one for one in EVERY_FILE if one.values[0].cases[-1].startswith(("kontext", "edit"))])
+def test_references_of_different_sizes_and_numbers_are_one_batch(file, tmp_path):
+    model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs_of_last
+    conds[0] = {key: value for key, value in conds[0].items() if not key.startswith("control.")}
+    with torch.no_grad():
+        both = file.predict(model, noisy, sigma, conds)
+        each = [file.predict(model, noisy[k : k + 1], sigma[k : k + 1], conds[k : k + 1]) for k in (0, 1)]
+    assert relative(both, torch.cat(each)) < 1e-5
 
 
 TENCENT = (  # what ComfyUI replaces in Tencent's names as it loads them
@@ -166,3 +176,37 @@ def test_tencents_names_are_what_comfyui_makes_its_own_from():
         renamed[name] = entry.ours
     assert original.their_shapes == real.shapes
     assert renamed == {entry.theirs: entry.ours for entry in comfy.entries}
+
+
+@pytest.fixture
+def flux():
+    return next(file for file in GOLDENS if file.file == "flux")
+
+
+def test_flex1s_bypassed_guidance_is_a_model_without_it(flux, tmp_path):
+    noisy, sigma, conds = flux.inputs("plain")
+    weights = {key: value for key, value in flux.weights().items() if not key.startswith("guidance_in.")}
+    without = load(flux.module.DENOISER, weights, tmp_path, torch.float32)
+    with torch.no_grad():
+        out = flux.module.predict(flux.model(tmp_path), noisy, sigma, conds, bypass_guidance_embedding=True)
+        expected = flux.module.predict(without, noisy, sigma, conds)
+    assert relative(out, expected) < 1e-6 and relative(out, flux.output("plain")) > 1e-3
+
+
+def test_flex2_takes_empty_controls_after_the_latents(flux, tmp_path):
+    weights = flux.weights()
+    more = torch.randn(len(weights["img_in.weight"]), 4 * 33)
+    noisy, sigma, conds = flux.inputs("plain")
+    wide = load(
+        flux.module.DENOISER, weights | {"img_in.weight": torch.cat([weights["img_in.weight"], more], 1)}, tmp_path
+    )
+    with torch.no_grad():
+        out = flux.module.predict(wide, noisy, sigma, conds)
+    assert flux.module.channels_of(wide) == noisy.shape[1] and relative(out, flux.output("plain")) < 1e-4
+
+
+def test_a_flux_model_for_filling_is_refused_in_one_sentence(flux, tmp_path):
+    weights = flux.weights()
+    filling = weights | {"img_in.weight": torch.randn(len(weights["img_in.weight"]), 96)}
+    with pytest.raises(ConfigError, match="takes 96 channels of input, which are made for filling"):
+        load(flux.module.DENOISER, filling, tmp_path)
