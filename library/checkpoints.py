@@ -47,7 +47,9 @@ class Binding:
     metadata: dict[str, str]
     prefix: str
     source: Path
-    adapted: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()  # what a network trains of it, see `networks.lora.is_adapted`
+    adapted_with_convs: tuple[str, ...] = ()  # and what besides with conv_dim
+    lora_key: str = ""  # of a text encoder that a network may train: "te1"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Adapters on the original modules of a denoiser: attaching, slices, dropout, multiplier, merging. Written once.
+"""Adapters on the original modules of a denoiser and its text encoders: attaching, slices, dropout, merging.
 
 An adapter belongs to one *original* module (`layers.0.attention.qkv`), whatever modules of ours (`to_q`, `to_k`,
 `to_v`) hold its weight: it has one down-projection, and its output rows are sliced onto our modules. So saving
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from library.errors import ConfigError
 from library.layout import Entry, Layout
+from networks.names import Names, Space, modules_of, spaces_of
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,20 @@ class Target:
         return isinstance(self.modules[0], nn.Conv2d) and self.modules[0].kernel_size != (1, 1)
 
 
-def targets_of(model: nn.Module, layout: Layout) -> dict[str, Target]:
-    """Every original module whose weight lies in Linear or Conv2d modules of ours, in the layout's order."""
-    found = {}
-    for name, entry in layout.their_modules.items():
-        modules = tuple(model.get_submodule(ours.removesuffix(".weight")) for ours in entry.ours)
+def targets_of(model: nn.Module, names: Layout | Space) -> dict[str, Target]:
+    """Every original module whose weight lies in Linear or Conv2d modules of ours, qualified, in the layout's order."""
+    (space,), found = spaces_of(names if isinstance(names, Layout) else [names]), {}
+    for name, entry in space.layout.their_modules.items():
+        modules = tuple(_submodule(model, ours) for ours in entry.ours)
         if all(isinstance(m, nn.Linear) for m in modules) or all(_is_plain_conv(m) for m in modules):
-            found[name] = Target(name, entry, modules, tuple(layout.our_shape(entry)))
+            qualified = space.qualified(name)
+            found[qualified] = Target(qualified, entry, modules, tuple(space.layout.our_shape(entry)))
     return found
+
+
+def _submodule(model: nn.Module, weight: str) -> nn.Module | None:
+    """The module that holds a weight; None if it is a parameter by itself."""
+    return model.get_submodule(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
 
 
 def _is_plain_conv(module: nn.Module) -> bool:
@@ -216,32 +223,48 @@ class Adapter(nn.Module):
 
 
 class AdapterNetwork(nn.Module):
-    """All adapters of one model behind sd-scripts' network interface.
+    """All adapters of one denoiser and of its text encoders behind sd-scripts' network interface.
 
-    The state dict is that of a kohya file: `lora_unet_<original name, dots as underscores>.<parameter>`.
+    The state dict is that of a kohya file: `lora_unet_<original name, dots as underscores>.<parameter>`, and
+    `lora_te1_...` for a text encoder. `names` are those of all models that the network knows.
     """
 
-    def __init__(self, adapters: Iterable[Adapter], layout: Layout, *, multiplier: float = 1.0) -> None:
+    def __init__(self, adapters: Iterable[Adapter], names: Names, *, multiplier: float = 1.0) -> None:
         super().__init__()
-        self.adapters: dict[str, Adapter] = {adapter.name: adapter for adapter in adapters}
-        self.layout, self.save_format = layout, "comfy"
-        self.learning_rates: Mapping[str, float] = {}  # original module name -> its own learning rate
-        self.plus_ratio: float | None = None  # LoRA+: learning rate of the second matrix / that of the first
+        self.spaces, self.save_format = spaces_of(names), "comfy"
+        self.learning_rates: Mapping[str, float] = {}  # module name -> its own learning rate
+        self.plus_ratios: Mapping[str, float | None] = {}  # model -> LoRA+: rate of the second matrix / of the first
         self.untrained: tuple[str, ...] = ()  # modules whose learning rate is 0
-        for adapter in self.adapters.values():
-            self.add_module("lora_unet_" + adapter.name.replace(".", "_"), adapter)
+        self.adapters: dict[str, Adapter] = {adapter.name: adapter for adapter in adapters}
+        known = modules_of(self.spaces)
+        self.model_of: dict[str, str] = {name: known[name][0].key for name in self.adapters}
+        for name, adapter in self.adapters.items():
+            space, plain, _ = known[name]
+            self.add_module(space.prefixes["kohya"] + plain.replace(".", "_"), adapter)
         self.set_multiplier(multiplier)
+
+    @property
+    def layout(self) -> Layout:
+        """The denoiser's."""
+        return self.spaces[0].layout
 
     def prepare_network(self, args: Any) -> None:
         """Nothing to prepare; the trainer offers its options."""
 
     def apply_to(self, text_encoder: Any, unet: nn.Module, apply_te: bool = False, apply_unet: bool = True) -> None:
-        """Attach to the model. This family's text encoders are not trained: `apply_te` must be false."""
-        if apply_te:
+        """Attach to the models. Adapters of a model that is not asked for are dropped: not trained, not saved."""
+        kept = {n: a for n, a in self.adapters.items() if (apply_te if self.model_of[n] else apply_unet)}
+        if apply_te and not any(self.model_of[name] for name in kept):
             raise ConfigError("text encoders of this model cannot be trained; use --network_train_unet_only")
-        if apply_unet:
-            for adapter in self.adapters.values():
-                adapter.attach()
+        if not kept:
+            raise ConfigError("the network has no module of what is to be trained")
+        for name in self.adapters.keys() - kept.keys():
+            for module, adapter in list(self._modules.items()):
+                if adapter is self.adapters[name]:
+                    del self._modules[module]
+        self.adapters = kept
+        for adapter in kept.values():
+            adapter.attach()
 
     def remove(self) -> None:
         """Detach from the model, which computes what it did before."""
@@ -277,29 +300,27 @@ class AdapterNetwork(nn.Module):
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lr: Any, unet_lr: float | None, default_lr: float | None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Parameter groups and what to call them: one per learning rate and, with LoRA+, per kind of matrix.
+        """Parameter groups and what to call them: one per model, learning rate and, with LoRA+, kind of matrix.
 
+        `text_encoder_lr` is one rate for all text encoders or a list, whose last one holds for the rest.
         Modules whose learning rate is 0 are left out, get no gradient and are listed in `untrained`.
         """
-        general = unet_lr if unet_lr is not None else default_lr
-        rates = list(dict.fromkeys(self.learning_rates.values()))
-        labels = [("unet", general), *((f"unet reg_lr_{i}", rate) for i, rate in enumerate(rates))]
-        untrained, groups, names = [], [], []
-        for label, rate in labels:
-            own = label != "unet"
-            members = [
-                n
-                for n in self.adapters
-                if (n in self.learning_rates) == own and self.learning_rates.get(n, rate) == rate
-            ]
-            if not rate:
-                untrained += members
-                continue
-            for suffix, ratio, pick in self._kinds():
-                params = [p for n in members for key, p in self.adapters[n].named_parameters() if pick(n, key)]
-                if params:
-                    groups.append({"params": params, "lr": rate * ratio})
-                    names.append(label + suffix)
+        groups, names, untrained = [], [], []
+        for key, label, general in self._rates(text_encoder_lr, unet_lr, default_lr):
+            mine = [name for name in self.adapters if self.model_of[name] == key]
+            own = {name: self.learning_rates[name] for name in mine if name in self.learning_rates}
+            parts = [(label, general, [name for name in mine if name not in own])]
+            for i, rate in enumerate(dict.fromkeys(own.values())):
+                parts.append((f"{label} reg_lr_{i}", rate, [name for name in own if own[name] == rate]))
+            for title, rate, members in parts:
+                if not rate:
+                    untrained += members
+                    continue
+                for suffix, ratio, pick in self._kinds(key):
+                    params = [p for n in members for k, p in self.adapters[n].named_parameters() if pick(n, k)]
+                    if params:
+                        groups.append({"params": params, "lr": rate * ratio})
+                        names.append(title + suffix)
         self.untrained = tuple(untrained)
         for name in untrained:
             self.adapters[name].requires_grad_(False)
@@ -307,13 +328,29 @@ class AdapterNetwork(nn.Module):
             raise ConfigError("no module of the network has a learning rate above 0; set --learning_rate or --unet_lr")
         return groups, names
 
-    def _kinds(self) -> list[tuple[str, float, Any]]:
-        if not self.plus_ratio or self.plus_ratio == 1:
+    def _rates(
+        self, text_encoder_lr: Any, unet_lr: float | None, default_lr: float | None
+    ) -> list[tuple[str, str, float | None]]:
+        """(model, what to call it, learning rate) of every model that has adapters."""
+        given = [text_encoder_lr] if isinstance(text_encoder_lr, int | float) else list(text_encoder_lr or [])
+        out, number = [], 0
+        for space in self.spaces:
+            rate, label = unet_lr, "unet"
+            if space.key:
+                rate = given[min(number, len(given) - 1)] if given else None
+                number, label = number + 1, f"text_encoder{number + 1}"
+            if space.key in self.model_of.values():
+                out.append((space.key, label, default_lr if rate is None else rate))
+        return out
+
+    def _kinds(self, key: str) -> list[tuple[str, float, Any]]:
+        ratio = self.plus_ratios.get(key)
+        if not ratio or ratio == 1:
             return [("", 1.0, lambda name, key: True)]
         second = {name: self.adapters[name].second_parameters() for name in self.adapters}
         return [
             ("", 1.0, lambda n, key: key not in second[n]),
-            (" plus", self.plus_ratio, lambda n, key: key in second[n]),
+            (" plus", ratio, lambda n, key: key in second[n]),
         ]
 
     def prepare_optimizer_params(
@@ -366,7 +403,7 @@ class AdapterNetwork(nn.Module):
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> str:
         from networks import formats
 
-        modules = formats.read(tensors, self.layout, source)
+        modules = formats.read(tensors, self.spaces, source)
         strange = sorted(modules.keys() - self.adapters.keys())
         if strange:
             raise ConfigError(
@@ -387,12 +424,14 @@ class AdapterNetwork(nn.Module):
         """Write the network in `save_format`, with hashes, re-open it, and return `N/N keys match`."""
         from networks import formats
 
-        return formats.save_file(self.canonical(), file, self.save_format, self.layout, dtype, metadata)
+        return formats.save_file(self.canonical(), file, self.save_format, self.spaces, dtype, metadata)
 
     def summary(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         ranks = sorted({a.rank for a in self.adapters.values()})
-        return f"{len(self.adapters)} modules, {count:,} parameters, rank {', '.join(map(str, ranks))}"
+        text = sum(bool(self.model_of[name]) for name in self.adapters)
+        where = f" ({text} of text encoders)" if text else ""
+        return f"{len(self.adapters)} modules{where}, {count:,} parameters, rank {', '.join(map(str, ranks))}"
 
 
 @torch.no_grad()

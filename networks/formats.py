@@ -1,8 +1,9 @@
 """LoRA files: one table of formats, one canonical form, reading, writing, checking, hashing.
 
-Canonical form: `{original module name: {"down": [rank, *in], "up": [out, rank], "alpha": float}}`, rows of `up` in
-the original order; the update of the original weight is `alpha / rank * up @ down`. `read` adds `"blocks": n` where
-it had to put n separate adapters (a file with q, k, v apart) side by side on one fused module.
+Canonical form: `{original module name: {"down": [rank, *in], "up": [out, rank], "alpha": float}}` (a text encoder's
+name is qualified, see `networks.names`), rows of `up` in the original order; the update of the original weight is
+`alpha / rank * up @ down`. `read` adds `"blocks": n` where it had to put n separate adapters (a file with q, k, v
+apart) side by side on one fused module.
 
 What ComfyUI takes (names, suffixes, and that a missing `.alpha` means a factor of 1) is held against its own key
 lists in tests/data/lora_keys.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
 from library.layout import Entry, Layout
+from networks.names import Finder, Names, Place, Space, modules_of, places_of, spaces_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,7 @@ Modules = dict[str, dict[str, Any]]
 @dataclass(frozen=True)
 class Format:
     name: str
-    prefix: str
+    prefixes: tuple[str, ...]  # by which a file of this format is known; `networks.names` has those of each model
     separator: str  # between the parts of a module's name
     down: str
     up: str
@@ -42,23 +44,22 @@ class Format:
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("comfy", "diffusion_model.", ".", "lora_A.weight", "lora_B.weight", "tensor", "original"),
-        Format("kohya", "lora_unet_", "_", "lora_down.weight", "lora_up.weight", "tensor", "original"),
-        Format("diffusers", "transformer.", ".", "lora_A.weight", "lora_B.weight", "folded", "ours"),
+        Format(
+            "comfy", ("diffusion_model.", "text_encoders."), ".", "lora_A.weight", "lora_B.weight", "tensor", "original"
+        ),
+        Format("kohya", ("lora_unet_", "lora_te"), "_", "lora_down.weight", "lora_up.weight", "tensor", "original"),
+        Format(
+            "diffusers",
+            ("transformer.", "unet.", "text_encoder.", "text_encoder_"),
+            ".",
+            "lora_A.weight",
+            "lora_B.weight",
+            "folded",
+            "ours",
+        ),
     )
 }
 
-PREFIXES = (  # that files in the wild carry; tried in this order, longest first where one begins another
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "lora_transformer_",
-    "transformer.",
-    "lora_unet_",
-    "lycoris_",
-    "unet.",
-    "",
-)
 PAIRS = (  # every spelling of the two matrices that ComfyUI reads
     (".lora_down.weight", ".lora_up.weight"),
     (".lora_A.weight", ".lora_B.weight"),
@@ -103,99 +104,62 @@ def detect_format(keys: Iterable[str]) -> str:
     votes: dict[str, int] = defaultdict(int)
     for key in keys:
         for f in FORMATS.values():
-            if key.startswith(f.prefix) and (key.endswith(f".{f.down}") or split_key(key) is None):
+            if key.startswith(f.prefixes) and (key.endswith(f".{f.down}") or split_key(key) is None):
                 votes[f.name] += 1
     return max(votes, key=lambda name: votes[name]) if votes else "other"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a name in a file points: an original module (`index` None), or a module of ours that is not just that."""
-
-    name: str
-    entry: Entry
-    index: int | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.entry.shape[0] if self.index is None else self.entry.sizes[self.index]
-
-
-def places_of(layout: Layout) -> dict[str, Place]:
-    """Every spelling of every module (original and ours, with dots and with underscores) -> its place.
-
-    Original names win where the two spellings collide.
-    """
-    matrices = [(name, e) for name, e in layout.their_modules.items() if len(e.shape) >= 2]
-    found: dict[str, Place] = {}
-    for name, entry in matrices:
-        place = Place(name, entry)
-        kohya = layout.kohya_names.get(name, name)
-        found |= {name: place, name.replace(".", "_"): place, kohya: place, kohya.replace(".", "_"): place}
-    for name, entry in matrices:
-        for i, ours in enumerate(entry.ours):
-            module = ours.removesuffix(".weight")
-            place = Place(name, entry, i if len(entry.ours) > 1 or entry.op else None)
-            for spelling in (module, module.replace(".", "_")):
-                found.setdefault(spelling, place)
-    return found
-
-
-def _find(module: str, places: Mapping[str, Place]) -> Place | None:
-    for prefix in PREFIXES:
-        if module.startswith(prefix) and (place := places.get(module.removeprefix(prefix))):
-            return place
-    return None
-
-
-def _sort_keys(keys: Iterable[str], places: Mapping[str, Place]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """{module as spelled: {role: key}} of the keys that the layout knows, and the other keys."""
+def _sort_keys(keys: Iterable[str], finder: Finder) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """{module as spelled: {role: key}} of the keys that the models know, and the other keys."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     strange = []
     for key in sorted(keys):
         split = split_key(key)
-        if split and _find(split[0], places):
+        if split and finder.find(split[0]):
             modules[split[0]].setdefault(split[1], key)
         else:
             strange.append(key)
     return modules, strange
 
 
-def unknown_keys(keys: Iterable[str], layout: Layout) -> list[str]:
-    """The LoRA keys, in any format, that name no module of the model."""
-    return _sort_keys(keys, places_of(layout))[1]
+def unknown_keys(keys: Iterable[str], names: Names) -> list[str]:
+    """The LoRA keys, in any format, that name no module of the models."""
+    return _sort_keys(keys, Finder(names))[1]
 
 
-def _refuse(strange: list[str], total: int, layout: Layout, source: str) -> None:
+def _refuse(strange: list[str], total: int, names: Names, source: str) -> None:
     for key in strange:
         for suffix, kind in OTHER_KINDS.items():
             if key.endswith(suffix):
                 raise ConfigError(f"{source}: {key} belongs to a {kind} adapter; only plain LoRA files can be read")
-    known = [f"diffusion_model.{name}.lora_A.weight" for name in layout.their_modules]
+    spaces = spaces_of(names)
+    known = [
+        f"{space.prefixes['comfy']}{name}.lora_A.weight" for space in spaces for name in space.layout.their_modules
+    ]
     raise ConfigError(
-        f"{source}: {len(strange)} of {total} keys name no module of this model ({layout.name}), "
+        f"{source}: {len(strange)} of {total} keys name no module of this model ({spaces[0].layout.name}), "
         f"for instance {strange[0]}{nearest(strange[0], known)}"
     )
 
 
-def read(tensors: Mapping[str, Tensor], layout: Layout, source: str = "the LoRA") -> Modules:
+def read(tensors: Mapping[str, Tensor], names: Names, source: str = "the LoRA") -> Modules:
     """The canonical form of a LoRA in any known format.
 
     Adapters on separate q, k, v become one adapter of the fused module: of the same rank if they share their down
     matrix, else with the ranks added up and `up` block by block, which is exact but larger (`blocks` says how many).
     Raises ConfigError naming keys that match nothing, incomplete modules, other kinds of adapters.
     """
-    places = places_of(layout)
-    spelled, strange = _sort_keys(tensors, places)
+    finder, known = Finder(names), modules_of(names)
+    spelled, strange = _sort_keys(tensors, finder)
     if strange or not spelled:
-        _refuse(strange or ["no key"], len(tensors), layout, source)
+        _refuse(strange or ["no key"], len(tensors), names, source)
     whole: Modules = {}
     slices: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for module, keys in spelled.items():
         if lacking := {"down", "up"} - keys.keys():
             raise ConfigError(f"{source}: {module} has no {' and no '.join(sorted(lacking))} matrix")
-        place = _find(module, places)
-        content = _content(tensors, keys, place, layout, source)
+        place = finder.find(module)
+        content = _content(tensors, keys, place, source)
         taken = (
             place.name in whole or place.name in slices and (place.index is None or place.index in slices[place.name])
         )
@@ -205,16 +169,14 @@ def read(tensors: Mapping[str, Tensor], layout: Layout, source: str = "the LoRA"
             whole[place.name] = content
         else:
             slices[place.name][place.index] = content
-    fused = {name: _fuse(layout.their_modules[name], layout, parts) for name, parts in slices.items()}
-    return {name: (whole | fused)[name] for name in layout.their_modules if name in whole or name in fused}
+    fused = {name: _fuse(known[name][2], parts) for name, parts in slices.items()}
+    return {name: (whole | fused)[name] for name in known if name in whole or name in fused}
 
 
-def _content(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, str], place: Place, layout: Layout, source: str
-) -> dict[str, Any]:
+def _content(tensors: Mapping[str, Tensor], keys: Mapping[str, str], place: Place, source: str) -> dict[str, Any]:
     down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float().flatten(1)
     rank, width = down.shape[0], down.flatten(1).shape[1]
-    inner = layout.our_shape(place.entry)[1:]
+    inner = place.layout.our_shape(place.entry)[1:]
     expected = 1
     for n in inner:
         expected *= n
@@ -227,7 +189,7 @@ def _content(
     return {"down": down.reshape(rank, *inner), "up": up, "alpha": alpha or float(rank)}
 
 
-def _fuse(entry: Entry, layout: Layout, parts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _fuse(entry: Entry, parts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     import torch
 
     first = next(iter(parts.values()))
@@ -252,7 +214,7 @@ def _fuse(entry: Entry, layout: Layout, parts: Mapping[int, Mapping[str, Any]]) 
     return fused
 
 
-def write(modules: Modules, format_name: str, layout: Layout, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def write(modules: Modules, format_name: str, names: Names, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a file in that format, on the CPU. alpha stays float32; it is folded in before the cast."""
     import torch
 
@@ -260,11 +222,11 @@ def write(modules: Modules, format_name: str, layout: Layout, dtype: torch.dtype
         raise ConfigError(
             f"save_format '{format_name}' is not known{nearest(format_name, FORMATS)} (known: {', '.join(FORMATS)})"
         )
-    form, tensors = FORMATS[format_name], {}
-    for name, content in modules.items():
-        entry = layout.their_modules[name]
-        for module, down, up in _pieces(form, spelled(form, name, layout), entry, content):
-            stem = form.prefix + module.replace(".", form.separator)
+    form, known, tensors = FORMATS[format_name], modules_of(names), {}
+    for qualified, content in modules.items():
+        space, name, entry = known[qualified]
+        for module, down, up in _pieces(form, spelled(form, name, space.layout), entry, content):
+            stem = space.prefixes[form.name] + module.replace(".", form.separator)
             if form.alpha == "folded":
                 up = up * (content["alpha"] / content["up"].shape[1])
             for word, value in ((form.down, down), (form.up, up)):
@@ -317,17 +279,17 @@ def header_of(path: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     return header.shapes, dict(header.metadata)
 
 
-def check_file(path: Any, layout: Layout, family: Any = None) -> tuple[int, int, list[str]]:
+def check_file(path: Any, names: Names, family: Any = None) -> tuple[int, int, list[str]]:
     """Hold a written LoRA, name and shape of every key, against the family's names: (matched, total, the unmatched)."""
-    return check_keys(header_of(path)[0], layout)
+    return check_keys(header_of(path)[0], names)
 
 
-def check_keys(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[int, int, list[str]]:
+def check_keys(shapes: Mapping[str, tuple[int, ...]], names: Names) -> tuple[int, int, list[str]]:
     """`check_file` for keys and shapes. A file whose prefix is a known format's has to have that format's names.
 
     Of adapters of other kinds (third-party networks) the names are checked, not the shapes.
     """
-    places = _format_places(detect_format(shapes), layout)
+    places = _format_places(detect_format(shapes), names)
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     wrong = []
     for key in shapes:
@@ -342,17 +304,27 @@ def check_keys(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> tuple[i
     return len(shapes) - len(wrong), len(shapes), sorted(wrong)
 
 
-def _format_places(format_name: str, layout: Layout) -> Mapping[str, Place]:
+def _format_places(format_name: str, names: Names) -> Mapping[str, Place]:
     """Every module name, prefix included, that a file of this format may have."""
-    places = places_of(layout)
     form = FORMATS.get(format_name)
     if form is None:
-        return {prefix + name: place for prefix in PREFIXES for name, place in places.items()}
+        return dict(Finder(names).spellings())
+    found = {}
+    for space in spaces_of(names):
+        places = places_of(space)
+        found |= {
+            space.prefixes[form.name] + name.replace(".", form.separator): places[name]
+            for name in _spelled(space, form)
+            if name in places
+        }
+    return found
+
+
+def _spelled(space: Space, form: Format) -> Iterable[str]:
+    """The modules' names as a format has them."""
     if form.layout == "original":
-        names = [spelled(form, name, layout) for name in layout.their_modules]
-    else:
-        names = [ours.removesuffix(".weight") for entry in layout.their_modules.values() for ours in entry.ours]
-    return {form.prefix + n.replace(".", form.separator): places[n] for n in names if n in places}
+        return [spelled(form, name, space.layout) for name in space.layout.their_modules]
+    return (ours.removesuffix(".weight") for entry in space.layout.their_modules.values() for ours in entry.ours)
 
 
 def _known_stem(key: str, places: Mapping[str, Place]) -> str:
@@ -369,14 +341,14 @@ def _fits(keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], place:
 
 
 def save_file(
-    modules: Modules, path: Any, format_name: str, layout: Layout, dtype: Any, metadata: Mapping[str, str] | None
+    modules: Modules, path: Any, format_name: str, names: Names, dtype: Any, metadata: Mapping[str, str] | None
 ) -> str:
     """Write a LoRA with its hashes, re-open it, check it key by key, and return `N/N keys match`."""
     from library.checkpoints import save
 
-    tensors, metadata = write(modules, format_name, layout, dtype), dict(metadata or {})
+    tensors, metadata = write(modules, format_name, names, dtype), dict(metadata or {})
     save(tensors, Path(path), metadata | model_hashes(tensors, metadata))
-    matched, total, wrong = check_file(path, layout)
+    matched, total, wrong = check_file(path, names)
     return f"{matched}/{total} keys match" + (f"; not matched: {', '.join(wrong[:4])}" if wrong else "")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import ConfigError, nearest
-from library.layout import Layout
 from networks.adapter import Adapter, AdapterNetwork, Dropout, Target, Weight, seeded_generator, targets_of
+from networks.names import Space, space_of
 
 ARGS = {
     "rank_dropout": "probability of leaving out a rank, per item",
@@ -107,7 +107,8 @@ class Settings:
     """`--network_args`, checked."""
 
     dropout: Dropout
-    plus_ratio: float | None
+    plus_ratio: float | None  # of the denoiser
+    text_plus_ratio: float | None
     reg_dims: Sequence[tuple[re.Pattern, float]]
     reg_lrs: Sequence[tuple[re.Pattern, float]]
     conv_dim: int | None
@@ -127,10 +128,13 @@ def parse_args(kwargs: Mapping[str, Any], neuron_dropout: float | None = None) -
         return _number(name, kwargs.get(name), low, high)
 
     network = neuron_dropout if neuron_dropout is not None else number("dropout", 0, 1)
-    ratio = number("loraplus_unet_lr_ratio")
+    plus = number("loraplus_lr_ratio")
+    own = [number(f"loraplus_{part}_lr_ratio") for part in ("unet", "text_encoder")]
+    ratios = [plus if ratio is None else ratio for ratio in own]
     return Settings(
         dropout=Dropout(network, number("rank_dropout", 0, 0.999), number("module_dropout", 0, 1)),
-        plus_ratio=ratio if ratio is not None else number("loraplus_lr_ratio"),
+        plus_ratio=ratios[0],
+        text_plus_ratio=ratios[1],
         reg_dims=_regex_values("network_reg_dims", kwargs.get("network_reg_dims"), whole=True),
         reg_lrs=_regex_values("network_reg_lrs", kwargs.get("network_reg_lrs")),
         conv_dim=None if kwargs.get("conv_dim") is None else int(number("conv_dim", 1)),
@@ -199,8 +203,9 @@ def _patterns(name: str, text: str | None) -> list[re.Pattern]:
 
 
 def spellings(name: str) -> tuple[str, str]:
-    """An original module name as the file has it and as kohya's files have it; regexes may match either."""
-    return name, "lora_unet_" + name.replace(".", "_")
+    """A module's name as its model's file has it and as kohya's LoRA files have it; regexes may match either."""
+    key, _, plain = name.rpartition(":")
+    return plain, f"lora_{key or 'unet'}_" + plain.replace(".", "_")
 
 
 def last_match(name: str, rules: Sequence[tuple[re.Pattern, float]]) -> float | None:
@@ -210,7 +215,8 @@ def last_match(name: str, rules: Sequence[tuple[re.Pattern, float]]) -> float | 
 
 
 def _whole_match(name: str, patterns: Sequence[re.Pattern]) -> bool:
-    return any(p.fullmatch(s) for p in patterns for s in (*spellings(name), name.replace(".", "_")))
+    dotted, kohya = spellings(name)
+    return any(p.fullmatch(s) for p in patterns for s in (dotted, kohya, dotted.replace(".", "_")))
 
 
 def _refuse_idle(settings: Settings, chosen: Mapping[str, Target], known: Mapping[str, Target]) -> None:
@@ -229,21 +235,46 @@ def _refuse_idle(settings: Settings, chosen: Mapping[str, Target], known: Mappin
 
 
 def is_adapted(name: str, adapted: Sequence[str]) -> bool:
-    """Whether a module lies under one of the family's prefixes; without prefixes, in a numbered block."""
-    if adapted:
-        return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in adapted)
-    return re.match(r"[^.]+\.\d+\.", name) is not None
+    """Whether a module is one of the family's, or below one: `blocks.` is all of them, `blocks.*.attn` one of each.
+
+    Without any, whether it is in a numbered block.
+    """
+    if not adapted:
+        return re.search(r"\.\d+\.", name) is not None
+    parts = name.split(".")
+    for pattern in adapted:
+        wanted = pattern.rstrip(".").split(".")
+        deeper = len(parts) > len(wanted) or not pattern.endswith(".")
+        if deeper and len(parts) >= len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+            return True
+    return False
 
 
-def choose(targets: Mapping[str, Target], adapted: Sequence[str], settings: Settings) -> dict[str, Target]:
-    """The modules to adapt: the family's, less `exclude_patterns`, plus `include_patterns`; `conv_dim`."""
+def choose(model: nn.Module, space: Space, settings: Settings) -> tuple[dict[str, Target], dict[str, Target]]:
+    """(the modules of one model to adapt, all that could be).
+
+    They are the family's, less `exclude_patterns`, plus `include_patterns`; with `conv_dim` also large convolutions
+    and what the family adapts beside them.
+    """
+    targets, binding = targets_of(model, space), model.binding
+    adapted = tuple(getattr(binding, "adapted", ()))
+    if settings.conv_dim and adapted:
+        adapted += tuple(getattr(binding, "adapted_with_convs", ()))
     chosen = {
         name: target
         for name, target in targets.items()
         if _whole_match(name, settings.include)
-        or (is_adapted(name, adapted) and not _whole_match(name, settings.exclude))
+        or (is_adapted(spellings(name)[0], adapted) and not _whole_match(name, settings.exclude))
         if not target.is_large_conv or settings.conv_dim
     }
+    return chosen, targets
+
+
+def choose_all(models: Sequence[nn.Module], spaces: Sequence[Space], settings: Settings) -> dict[str, Target]:
+    """The modules of all models to adapt. Raises ConfigError where an argument has no effect."""
+    pairs = [choose(model, space, settings) for model, space in zip(models, spaces, strict=True)]
+    chosen = {name: target for some, _ in pairs for name, target in some.items()}
+    targets = {name: target for _, some in pairs for name, target in some.items()}
     if settings.conv_dim and not any(target.is_large_conv for target in chosen.values()):
         raise ConfigError(
             f"network_args: conv_dim={settings.conv_dim} has no effect: no convolution of this model is adapted"
@@ -254,25 +285,17 @@ def choose(targets: Mapping[str, Target], adapted: Sequence[str], settings: Sett
     return chosen
 
 
-def original_layout(unet: nn.Module) -> Layout:
-    """The denoiser's layout under the original names, also where it was loaded from a file with diffusers' names."""
-    binding = getattr(unet, "binding", None)
-    if binding is None:
-        raise ConfigError("the denoiser has no layout: load it with library.checkpoints.load_part")
-    part = getattr(binding, "part", None)
-    name = next(iter(part.layouts)) if part else binding.layout.name
-    if name == binding.layout.name:
-        return binding.layout
-    from library.checkpoints import layout_of
-
-    return layout_of(part, name, binding.layout.shapes)
+def models_of(unet: nn.Module, text_encoder: Any) -> list[nn.Module]:
+    """The denoiser and the text encoders that can be trained: those that the trainer gave a `lora_key`."""
+    given = text_encoder if isinstance(text_encoder, list | tuple) else [text_encoder] if text_encoder else []
+    return [unet, *(model for model in given if getattr(getattr(model, "binding", None), "lora_key", ""))]
 
 
-def _build(make: Callable[[], list[LoRA]], layout: Layout, settings: Settings, multiplier: float) -> AdapterNetwork:
-    network = AdapterNetwork(make(), layout, multiplier=multiplier)
+def _build(adapters: list[LoRA], spaces: Sequence[Space], settings: Settings, multiplier: float) -> AdapterNetwork:
+    network = AdapterNetwork(adapters, spaces, multiplier=multiplier)
     rates = {name: last_match(name, settings.reg_lrs) for name in network.adapters}
     network.learning_rates = {name: rate for name, rate in rates.items() if rate is not None}
-    network.plus_ratio = settings.plus_ratio
+    network.plus_ratios = {s.key: settings.text_plus_ratio if s.key else settings.plus_ratio for s in spaces}
     if settings.is_verbose:
         for name, adapter in network.adapters.items():
             print(f"  {name}: rank {adapter.rank}, alpha {adapter.rank * adapter.scale:g}")
@@ -289,26 +312,21 @@ def create_network(
     neuron_dropout: float | None = None,
     **kwargs: Any,
 ) -> AdapterNetwork:
-    """A new network on the denoiser's original modules. Rank 4 if None (as sd-scripts); alpha 0 or None = rank."""
+    """A new network on the models' original modules. Rank 4 if None (as sd-scripts); alpha 0 or None = rank."""
     settings, dim = parse_args(kwargs, neuron_dropout), 4 if network_dim is None else int(network_dim)
     if dim < 1:
         raise ConfigError(f"network_dim {network_dim} is below 1")
-    layout = original_layout(unet)
-    chosen = choose(targets_of(unet, layout), getattr(unet.binding, "adapted", ()), settings)
-
-    def make() -> list[LoRA]:
-        adapters = []
-        for name, target in chosen.items():
-            rank, alpha = (settings.conv_dim, settings.conv_alpha) if target.is_large_conv else (dim, network_alpha)
-            own = last_match(name, settings.reg_dims)
-            rank = rank if own is None else int(own)
-            if rank:
-                adapters.append(LoRA(target, rank, alpha or rank, settings.dropout))
-        if not adapters:
-            raise ConfigError("network_args: network_reg_dims gives every module rank 0")
-        return adapters
-
-    return _build(make, layout, settings, multiplier)
+    models = models_of(unet, text_encoder)
+    spaces, adapters = [space_of(model) for model in models], []
+    for name, target in choose_all(models, spaces, settings).items():
+        rank, alpha = (settings.conv_dim, settings.conv_alpha) if target.is_large_conv else (dim, network_alpha)
+        own = last_match(name, settings.reg_dims)
+        rank = rank if own is None else int(own)
+        if rank:
+            adapters.append(LoRA(target, rank, alpha or rank, settings.dropout))
+    if not adapters:
+        raise ConfigError("network_args: network_reg_dims gives every module rank 0")
+    return _build(adapters, spaces, settings, multiplier)
 
 
 def create_network_from_weights(
@@ -324,18 +342,18 @@ def create_network_from_weights(
     """A network with a file's modules, ranks and alphas, and the file's tensors; `load_weights` loads its values."""
     from networks import formats
 
-    settings, layout = parse_args(kwargs), original_layout(unet)
+    settings, models = parse_args(kwargs), models_of(unet, text_encoder)
+    spaces = [space_of(model) for model in models]
     tensors = formats.load_file(file) if weights_sd is None else weights_sd
-    modules, targets = (
-        formats.read(tensors, layout, str(file or "the given weights")),
-        targets_of(unet, layout),
-    )
+    modules = formats.read(tensors, spaces, str(file or "the given weights"))
+    targets = {
+        name: target
+        for model, space in zip(models, spaces, strict=True)
+        for name, target in targets_of(model, space).items()
+    }
     if strange := sorted(modules.keys() - targets.keys()):
         raise ConfigError(f"{file}: {strange[0]} is not a layer that can take a LoRA")
     _refuse_idle(settings, {name: targets[name] for name in modules}, targets)
-
-    def make() -> list[LoRA]:
-        contents = modules.items()
-        return [LoRA(targets[n], c["down"].shape[0], c["alpha"], settings.dropout) for n, c in contents]
-
-    return _build(make, layout, settings, multiplier), tensors
+    contents = modules.items()
+    adapters = [LoRA(targets[n], c["down"].shape[0], c["alpha"], settings.dropout) for n, c in contents]
+    return _build(adapters, spaces, settings, multiplier), tensors

@@ -14,7 +14,7 @@ from library.checkpoints import load_part
 from library.errors import ConfigError
 from library.families.z_image import Z_IMAGE
 from library.layout import Layout, shapes_of
-from networks import formats, lora
+from networks import formats, lora, names
 from networks.adapter import targets_of
 
 DATA = Path(__file__).parent / "data"
@@ -189,7 +189,7 @@ def test_the_diffusers_file_folds_alpha_and_repeats_the_down_matrix(modules, lay
 
 
 @pytest.mark.parametrize("pair", formats.PAIRS)
-@pytest.mark.parametrize("prefix", formats.PREFIXES)
+@pytest.mark.parametrize("prefix", names.PREFIXES)
 def test_every_prefix_and_suffix_in_the_wild_is_read(layout, prefix, pair):
     down, up = torch.randn(2, 8), torch.randn(16, 2)
     name = "blocks_0_attn_qkv" if prefix.endswith("_") else "blocks.0.attn.qkv"

@@ -89,7 +89,7 @@ def test_parameter_groups_by_learning_rate_and_lora_plus_ratio():
 
 
 def test_the_ratio_of_the_denoiser_wins_over_the_general_one():
-    assert create(loraplus_lr_ratio="4", loraplus_unet_lr_ratio="16").plus_ratio == 16
+    assert create(loraplus_lr_ratio="4", loraplus_unet_lr_ratio="16").plus_ratios[""] == 16
 
 
 def test_convolutions_are_adapted_only_with_conv_dim_and_one_pixel_ones_are_linear():
