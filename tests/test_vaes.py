@@ -1,95 +1,25 @@
 """All autoencoders against outside oracles: an independent implementation's latents and pixels, the key lists of the
 real files, diffusers' own tiling and conversion; and each told from all others."""
 
-import gc
 import json
-from dataclasses import dataclass, field
+import math
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from oracles import golden, golden_metadata, load, path_of, read_json, relative, weights_of
 from safetensors.torch import save_file
+from vaes_support import CASES, GROUPS, PARTS, SAME, model_of, normalised, tensors_of
 
 from library import checkpoints
 from library.checkpoints import Checkpoint
-from library.components import chunks, vae_flux2, vae_hunyuan_image, vae_ldm, vae_wan
-from library.components.vaes import VAES
+from library.components import vae_wan
 from library.errors import ConfigError
 from library.fingerprints import identify, identify_path
 from library.layout import Layout, shapes_of
 
-PARTS = {(family, variant): part for family, variant, part in VAES}
-SAME = 1e-4  # relative, float32
 
-
-def affine(shift, scale):
-    return lambda z: (z - shift) * scale
-
-
-def by_channel(name):
-    """Normalisation by the statistics that a golden file states for its few channels."""
-    stated = json.loads(golden_metadata(name)["diffusers_config"])
-    mean, std = (torch.tensor(stated[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
-    return lambda z: (z - mean) / std
-
-
-@dataclass
-class Case:
-    """A golden file (and the one with its decoder): whose part it is, how its latents are normalised, what it states."""
-
-    family: tuple[str, str]
-    files: tuple[str, ...]
-    encode: Any
-    decode: Any
-    normalise: Any = lambda z: z
-    stated: dict[str, str] = field(default_factory=dict)  # in the header, for what no shape shows
-
-
-def ldm(pair):
-    return partial(vae_ldm.encode, shift=pair[0], scale=pair[1]), partial(vae_ldm.decode, shift=pair[0], scale=pair[1])
-
-
-GROUPS = {"norm_num_groups": "4"}
-WAN = (vae_wan.encode, vae_wan.decode)
-CASES = {
-    "sdxl": Case(("sdxl", ""), ("vae_sdxl",), *ldm(vae_ldm.SDXL), affine(0, 0.13025), GROUPS),
-    "sd": Case(("sdxl", ""), ("vae_sdxl",), *ldm(vae_ldm.SD), affine(0, 0.18215), GROUPS),
-    "flux": Case(("flux", ""), ("vae_flux",), *ldm(vae_ldm.FLUX), affine(0.1159, 0.3611), GROUPS),
-    "sd3": Case(("flux", ""), ("vae_flux",), *ldm(vae_ldm.SD3), affine(0.0609, 1.5305), GROUPS),
-    "flux2": Case(("flux2", ""), ("vae_flux2",), vae_flux2.encode, vae_flux2.decode, stated=GROUPS),
-    "hunyuan_image": Case(
-        ("hunyuan_image", ""),
-        ("vae_hunyuan_image21",),
-        vae_hunyuan_image.encode,
-        vae_hunyuan_image.decode,
-        affine(0, 0.75289),
-    ),
-    "wan21": Case(("wan", "2.1"), ("vae_wan21", "vae_wan21_decoder"), *WAN, "statistics"),
-    "qwen_image": Case(("wan", "2.1"), ("vae_qwen_image", "vae_qwen_image_decoder"), *WAN, "statistics"),
-    "wan22": Case(("wan", "2.2"), ("vae_wan22",), *WAN, "statistics"),
-}
-
-
-def tensors_of(case):
-    return {key: value for name in case.files for key, value in golden(name).items()}
-
-
-def model_of(case, tmp_path, weights=None):
-    stated = dict(case.stated)
-    if case.normalise == "statistics":
-        published = json.loads(golden_metadata(case.files[0])["diffusers_config"])
-        stated |= {key: json.dumps(published[key]) for key in ("latents_mean", "latents_std")}
-    weights = weights_of(tensors_of(case), "weights/") if weights is None else weights
-    return load(PARTS[case.family], weights, tmp_path, torch.float32, **stated)
-
-
-def normalised(case, latents):
-    return (by_channel(case.files[0]) if case.normalise == "statistics" else case.normalise)(latents)
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("ltx")])
 @torch.no_grad()
 def test_latents_and_pixels_are_those_of_an_independent_implementation(name, tmp_path):
     case = CASES[name]
@@ -116,6 +46,10 @@ LAYOUTS = {  # the key lists of real files -> family, variant and layout
     "vae_wan21": ("wan", "2.1", "wan"),
     "vae_qwen_image": ("wan", "2.1", "wan"),
     "vae_wan22": ("wan", "2.2", "wan"),
+    "vae_hunyuan_video": ("hunyuan_video", "", "diffusers"),
+    "vae_hunyuan_video_15": ("hunyuan_video_15", "", "comfy"),
+    "vae_ltx": ("ltx_video", "0.9.1", "original"),
+    "vae_cosmos": ("cosmos", "", "original"),
 }
 
 
@@ -134,9 +68,10 @@ def layout_of(part, shapes, metadata=None):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_key_of_the_full_size_file_is_claimed_with_its_shape(name):
     family, variant, layout_name = LAYOUTS[name]
-    shapes = full_size(name)
-    layout = layout_of(PARTS[family, variant], shapes)
-    assert layout.name == layout_name and layout.their_shapes == shapes
+    part, shapes = PARTS[family, variant], full_size(name)
+    layout = layout_of(part, shapes)
+    read = {key: shape for key, shape in shapes.items() if key not in part.carried}
+    assert layout.name == layout_name and layout.their_shapes == read
 
 
 OTHER_NAMES = [
@@ -146,6 +81,9 @@ OTHER_NAMES = [
     (("hunyuan_image", ""), "vae_hunyuan_image", ("tencent", "diffusers")),
     (("wan", "2.1"), "vae_wan21", ("diffusers",)),
     (("wan", "2.2"), "vae_wan22", ("diffusers",)),
+    (("hunyuan_video", ""), "vae_hunyuan_video", ("comfy",)),
+    (("hunyuan_video_15", ""), "vae_hunyuan_video_15", ("diffusers",)),
+    (("ltx_video", "0.9.1"), "vae_ltx", ("diffusers",)),
 ]
 
 
@@ -167,6 +105,115 @@ def test_the_same_model_in_other_names_has_the_same_size(family, file, layout):
     assert found.shapes == layout_of(part, full_size(file)).shapes and found.their_shapes == shapes
 
 
+def test_comfyuis_names_of_hunyuan_video_are_those_of_its_converter():
+    content = read_json("layouts/vae_hunyuan_video")
+    part = PARTS["hunyuan_video", ""]
+    ours = layout_of(part, full_size("vae_hunyuan_video")).shapes
+    layout = Layout("comfy", checkpoints.rows_of(part, "comfy", ours), ours)
+    assert {entry.ours[0]: entry.theirs for entry in layout.entries} == content["comfy_module_names"]
+    assert layout.their_shapes["encoder.mid.attn_1.q.weight"] == (512, 512, 1, 1, 1)
+
+
+def test_bfls_names_of_flux2_are_the_published_ones():
+    names, part = read_json("layouts/vae_flux2")["bfl_names"], PARTS["flux2", ""]
+    ours = layout_of(part, full_size("vae_flux2")).shapes
+    layout = Layout("bfl", checkpoints.rows_of(part, "bfl", ours), ours)
+    wanted = {names.get(key, key) for key in full_size("vae_flux2")}
+    assert set(layout.their_shapes) == wanted
+
+
+# Published configurations that no key list shows: the first and the last LTX-Video.
+LTX_090 = {"decoder_block_out_channels": (128, 256, 512, 512)}
+LTX_095 = {
+    "block_out_channels": (128, 256, 512, 1024, 2048),
+    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+    "decoder_block_out_channels": (256, 512, 1024),
+    "layers_per_block": (4, 6, 6, 2, 2),
+    "decoder_layers_per_block": (5, 5, 5, 5),
+    "spatio_temporal_scaling": (True,) * 4,
+    "decoder_spatio_temporal_scaling": (True,) * 3,
+    "decoder_inject_noise": (False,) * 4,
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "upsample_residual": (True,) * 3,
+    "upsample_factor": (2,) * 3,
+    "timestep_conditioning": True,
+}
+
+
+def published_ltx(configuration):
+    from diffusers import AutoencoderKLLTXVideo
+
+    with torch.device("meta"):
+        return shapes_of(AutoencoderKLLTXVideo(**configuration))
+
+
+@pytest.mark.parametrize(("found", "published"), [("0.9.0", LTX_090), ("0.9.5", LTX_095)])
+def test_an_ltx_version_without_a_key_list_is_read_off_its_names(found, published):
+    ours, part = published_ltx(published), PARTS["ltx_video", found]
+    assert part.recognise(ours) == "diffusers" and layout_of(part, ours).shapes == ours
+    theirs = Layout("original", checkpoints.rows_of(part, "original", ours), ours).their_shapes
+    assert part.recognise(theirs) == "original" and layout_of(part, theirs).shapes == ours
+    config = part.config(theirs, {}, "original")
+    assert {key: config[key] for key in published} == published
+
+
+def convert_ldm(theirs):
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    return convert_ldm_vae_checkpoint(theirs, {"down_block_types": [""] * 4, "up_block_types": [""] * 4})
+
+
+def convert_wan(theirs):
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    return convert_wan_vae_to_diffusers(theirs)
+
+
+def convert_ltx(theirs):
+    from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers
+
+    return convert_ltx_vae_checkpoint_to_diffusers({f"vae.{key}": value for key, value in theirs.items()})
+
+
+CONVERTERS = [
+    (("sdxl", ""), partial(full_size, "vae_sdxl"), convert_ldm),
+    (("flux", ""), partial(full_size, "vae_flux"), convert_ldm),
+    (("wan", "2.1"), partial(full_size, "vae_wan21"), convert_wan),
+    (("ltx_video", "0.9.0"), partial(published_ltx, LTX_090), convert_ltx),
+    (("ltx_video", "0.9.1"), partial(full_size, "vae_ltx"), convert_ltx),
+    (("ltx_video", "0.9.5"), partial(published_ltx, LTX_095), convert_ltx),
+]
+
+
+def tagged(shapes):
+    """Tensors whose values say where they came from; dimensions other than rows, and kernels, are cut to one. diffusers
+    asks for the columns of one convolution of LTX, which stay."""
+    start, out = 0, {}
+    for key, shape in shapes.items():
+        small = tuple(
+            n if i == 0 or (i == 1 and key == "encoder.conv_out.conv.weight") else 1 for i, n in enumerate(shape)
+        )
+        out[key] = torch.arange(start, start + math.prod(small), dtype=torch.float64).reshape(small)
+        start += math.prod(small)
+    return out
+
+
+@pytest.mark.parametrize(("family", "shapes", "convert"), [pytest.param(*c, id=" ".join(c[0])) for c in CONVERTERS])
+def test_the_layout_is_diffusers_own_converter(family, shapes, convert):
+    part = PARTS[family]
+    layout = layout_of(part, shapes())
+    if layout.name == "diffusers":
+        layout = Layout("original", checkpoints.rows_of(part, "original", layout.shapes), layout.shapes)
+    theirs = tagged(layout.their_shapes)
+    wanted = convert(dict(theirs))
+    for entry in layout.entries:
+        stored = theirs[entry.theirs]
+        mine = entry.split(stored, stored.squeeze((-1, -2)).shape if entry.op and stored.ndim == 4 else stored.shape)
+        for name, value in zip(entry.ours, mine, strict=True):
+            if name not in ("latents_mean", "latents_std"):  # diffusers drops the mean of all; nothing depends on it
+                assert torch.equal(value, wanted[name]), name
+
+
 def everything():
     """Every VAE that an oracle shows, as (what it is, a function that gives its shapes)."""
     for name, (family, variant, _) in LAYOUTS.items():
@@ -178,7 +225,7 @@ def everything():
 
 
 def toy_shapes(case):
-    return {k: tuple(v.shape) for k, v in weights_of(tensors_of(case), "weights/").items()}
+    return {k.removeprefix("vae."): tuple(v.shape) for k, v in weights_of(tensors_of(case), "weights/").items()}
 
 
 @pytest.mark.parametrize(("family", "shapes"), [pytest.param(f, s, id=name) for name, f, s in everything()])
@@ -271,88 +318,3 @@ def test_unknown_channels_need_their_statistics(tmp_path):
     case = CASES["wan21"]
     with pytest.raises(ConfigError, match="4 latent channels, whose mean and deviation are not known"):
         load(PARTS[case.family], weights_of(tensors_of(case), "weights/"), tmp_path, torch.float32)
-
-
-# ---------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize("rows", [1, 5, 1000])
-@torch.no_grad()
-def test_convolutions_in_strips_give_the_same(rows, tmp_path):
-    case = CASES["hunyuan_image"]
-    tensors, model = tensors_of(case), model_of(case, tmp_path)
-    pixels, latents = tensors["inputs/pixels"], tensors["inputs/z"]
-    whole, picture = case.encode(model, pixels), case.decode(model, latents)
-    assert relative(case.encode(model, pixels, chunk=rows), whole) < 1e-5
-    assert relative(case.decode(model, latents, chunk=rows), picture) < 1e-5
-    assert torch.equal(case.encode(model, pixels), whole)  # and nothing of it stays
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (torch.nn.Conv2d, {"kernel_size": 3, "padding": 1}),
-        (torch.nn.Conv2d, {"kernel_size": 3, "stride": 2}),
-        (torch.nn.Conv2d, {"kernel_size": (5, 3), "padding": (2, 1), "groups": 2, "bias": False}),
-        (torch.nn.Conv2d, {"kernel_size": 3, "padding": 1, "dilation": 2}),
-        (torch.nn.Conv3d, {"kernel_size": 3, "padding": (0, 1, 1)}),
-    ],
-)
-def test_strips_never_hold_more_rows_than_asked(kind, options, monkeypatch):
-    from torch.nn import functional
-
-    layer = kind(4, 6, **options)
-    x = torch.randn(2, 4, *((5,) if kind is torch.nn.Conv3d else ()), 23, 9)
-    whole, seen = layer(x), []
-    for name in ("conv2d", "conv3d"):
-        real = getattr(functional, name)
-
-        def watched(x, *rest, _real=real):
-            made = _real(x, *rest)
-            seen.append(made.shape[-2])
-            return made
-
-        monkeypatch.setattr(functional, name, watched)
-    with chunks.convolutions(layer, 4):
-        assert relative(layer(x).detach(), whole.detach()) < 1e-6
-    assert max(seen) <= 4 and sum(seen) == whole.shape[-2]
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-
-
-@torch.no_grad()
-def test_wan_encodes_four_frames_at_a_time_exactly(tmp_path):
-    """The feature cache: memory does not grow with the video, and a longer one begins with the same latents."""
-    case = CASES["wan21"]
-    tensors, model = tensors_of(case), model_of(case, tmp_path)
-    short = tensors["inputs/pixels"]
-    long = torch.cat([short, torch.rand(1, 3, 8, *short.shape[-2:]) * 2 - 1], dim=2)
-    frames = []
-    hook = model.encoder.register_forward_pre_hook(lambda _, inputs: frames.append(inputs[0].shape[2]))
-    latents = case.encode(model, long)
-    hook.remove()
-    assert frames == [1, 4, 4, 4] and latents.shape[2] == 4
-    assert relative(latents[:, :, :2], normalised(case, tensors["outputs/latent"])) < SAME
-
-
-@torch.no_grad()
-def test_a_picture_is_a_video_of_one_frame(tmp_path):
-    case = CASES["qwen_image"]
-    tensors, model = tensors_of(case), model_of(case, tmp_path)
-    pixels = tensors["inputs/pixels"]
-    latents = case.encode(model, pixels[:, :, 0])
-    assert torch.equal(latents, case.encode(model, pixels)[:, :, 0])
-    assert torch.equal(case.decode(model, latents), case.decode(model, latents.unsqueeze(2))[:, :, 0])
-
-
-@pytest.mark.parametrize("name", ["wan21", "wan22"])
-def test_frames_that_would_be_dropped_are_refused(name, tmp_path):
-    case = CASES[name]
-    model = model_of(case, tmp_path)
-    with pytest.raises(ConfigError, match=r"4k \+ 1 frames, not 7; use 5 or 9"):
-        case.encode(model, torch.zeros(1, 3, 7, 32, 32))
-
-
-def teardown_module():
-    golden.cache_clear()
-    gc.collect()

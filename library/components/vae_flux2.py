@@ -44,9 +44,7 @@ def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str
 
 
 def build(configuration: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKLFlux2
-
-    return AutoencoderKLFlux2(**configuration)
+    return vae_ldm.class_of("AutoencoderKLFlux2")(**configuration)
 
 
 def part(title: str = "a Flux 2 VAE") -> Part:

@@ -100,9 +100,7 @@ def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str
 
 
 def build(configuration: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKLHunyuanImage
-
-    return AutoencoderKLHunyuanImage(**configuration)
+    return vae_ldm.class_of("AutoencoderKLHunyuanImage")(**configuration)
 
 
 def part(title: str = "a HunyuanImage-2.1 VAE") -> Part:

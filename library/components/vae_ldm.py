@@ -111,22 +111,38 @@ def level_sizes(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dic
     """Width of each level, blocks in one and norm groups, of pictures' and videos' LDM encoders in either spelling."""
     original = "encoder.down.0.block.0.norm1.weight" in shapes
     pattern = "encoder.down.{}.block.{}.norm2.weight" if original else "encoder.down_blocks.{}.resnets.{}.norm2.weight"
-    widths, blocks = [], 0
-    while pattern.format(len(widths), 0) in shapes:
-        widths.append(shapes[pattern.format(len(widths), 0)][0])
-    while pattern.format(0, blocks) in shapes:
-        blocks += 1
+    widths = [shapes[pattern.format(level, 0)][0] for level in range(count(shapes, pattern.format("{}", 0)))]
     return {
         "block_out_channels": tuple(widths),
-        "layers_per_block": blocks,
+        "layers_per_block": count(shapes, pattern.format(0, "{}")),
         "norm_num_groups": int(metadata.get(GROUPS_KEY) or math.gcd(GROUPS, *widths)),
     }
 
 
-def build(configuration: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKL
+def count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    """How many keys `pattern.format(0)`, `pattern.format(1)`, ... there are without a gap."""
+    n = 0
+    while pattern.format(n) in shapes:
+        n += 1
+    return n
 
-    return AutoencoderKL(**configuration)
+
+def build(configuration: dict[str, Any]) -> torch.nn.Module:
+    return class_of("AutoencoderKL")(**configuration)
+
+
+def class_of(name: str) -> type:
+    """A class of diffusers, imported with tensors on the CPU.
+
+    `build` runs on the meta device, where a module that makes tensors when it is first imported (Cosmos's wavelets)
+    would keep them for good.
+    """
+    import torch
+
+    with torch.device("cpu"):
+        import diffusers
+
+        return getattr(diffusers, name)
 
 
 def part(title: str, channels: int) -> Part:

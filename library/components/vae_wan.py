@@ -197,9 +197,7 @@ def statistics(channels: int, metadata: Mapping[str, str]) -> tuple[list[float],
 
 
 def build(configuration: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(**configuration)
+    return vae_ldm.class_of("AutoencoderKLWan")(**configuration)
 
 
 def _part(title: str, nested: bool) -> Part:
