@@ -80,6 +80,7 @@ CACHING = _group(
     Opt("cache_text_encoder_outputs_to_disk", "flag", False, "kept on disk; implies --cache_text_encoder_outputs"),
     Opt("text_encoder_batch_size", "int", None, "captions per text encoder call", low=1),
     Opt("cache_dir", "path", None, "folder of the caches on disk"),
+    Opt("write_preview", "output", None, "write what is trained, pictures and every frame of every clip, then exit"),
 )
 
 SAVING = _group(

@@ -64,6 +64,8 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
         _resume(options, plan)
     plan.text = table(options, plan)
     say(plan.text)
+    if options.write_preview:
+        _preview(dataset, Path(options.write_preview), say)
     return plan
 
 
@@ -74,6 +76,18 @@ def check_parts(family: Family, options: Any) -> tuple[Family, dict[str, str]]:
     lines = {part.name: check_part(part, path_of(part, options), f"--{part.option}") for part in family.parts[1:]}
     check_tokenizers(family, options)
     return family, {family.denoiser.name: denoiser} | lines
+
+
+def _preview(dataset: Dataset, folder: Path, say: Callable[[str], None]) -> None:
+    """Write what is trained, once for all processes, and end the program."""
+    import os
+    import sys
+
+    from library.data.preview import write_preview
+
+    if os.environ.get("RANK", "0") == "0":
+        say(f"preview: {write_preview(dataset, folder)} items are written to {folder}; nothing is trained")
+    sys.exit(0)
 
 
 def _world() -> int:

@@ -39,8 +39,7 @@ def cache_folder(options: Any, dataset: Dataset) -> Path:
     """--cache_dir, else `.lorasmith` beside the first pictures."""
     if options.cache_dir:
         return Path(options.cache_dir)
-    subset = dataset.items[0].subset
-    return (Path(subset.image_dir) if subset.image_dir else Path(subset.metadata_file).parent) / ".lorasmith"
+    return dataset.items[0].subset.folder / ".lorasmith"
 
 
 # ---------------------------------------------------------------- latents
@@ -189,7 +188,7 @@ def _latent_identities(
     made_by = " ".join(hashes.of_tree(Path(path_of(part, options))) for part in parts)
     recipe = f" {family.recipe}" if family.recipe else ""
     with ThreadPoolExecutor() as pool:
-        contents = list(pool.map(lambda job: (hashes.of(job[0].path), controls.identity(job[0], hashes)), jobs))
+        contents = list(pool.map(lambda job: (images.content(job[0], hashes), controls.identity(job[0], hashes)), jobs))
     hashes.write()
     return {
         (item.index, flip): f"latents {RECIPE} {family.name}{recipe} vae {made_by} picture {content} flip {flip} "

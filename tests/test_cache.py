@@ -25,7 +25,7 @@ class Counting:
         encoder = SimpleNamespace(option="text_encoder", tokenizer=Tokenizer("tokenizer", "owner/name"))
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (encoder,), ()
         self.encode_item = self.text_pictures = None
-        self.title, self.max_controls = "Fake", 0
+        self.title, self.max_controls, self.frames = "Fake", 0, None
         self.limit = None
 
     def encode_image(self, vae, pixels):

@@ -48,7 +48,7 @@ def prepared(tmp_path, targets, extra="", family=None, head=HEAD, **changes):
 
 def edits(most, text_pictures=None):
     """What an edit model says of its control pictures."""
-    return SimpleNamespace(title="Edit", max_controls=most, text_pictures=text_pictures)
+    return SimpleNamespace(title="Edit", max_controls=most, text_pictures=text_pictures, frames=None)
 
 
 def beside(data):
@@ -311,7 +311,7 @@ class Edit:
     """An edit model: its VAE averages 8x8 pixels, controls are cached beside latents, the text encoder sees them."""
 
     def __init__(self, sees=True):
-        self.name, self.title, self.recipe, self.max_controls = "edit", "Edit", "", 2
+        self.name, self.title, self.recipe, self.max_controls, self.frames = "edit", "Edit", "", 2, None
         tokenizer = Tokenizer("tokenizer", "owner/name")
         self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer),)
         self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from library.data.clips import EXTRACTIONS, TIMESTAMPS
 from library.errors import ConfigError, DatasetError, nearest
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
@@ -48,10 +49,30 @@ class SubsetSpec:
     control_directory: tuple[str, ...] = ()
     no_resize_control: bool = False
     control_resolution: tuple[int, int] | None = None  # width, height: an area
+    video_directory: str | None = None
+    target_frames: tuple[int, ...] = ()  # () = not given, which is (1,)
+    frame_extraction: str = "head"
+    frame_stride: int = 1
+    frame_sample: int = 1
+    max_frames: int = 129
+    source_fps: float | None = None
+    fps_resample_mode: str | None = None
 
     @property
     def source(self) -> str:
-        return self.metadata_file or self.image_dir or ""
+        return self.metadata_file or self.image_dir or self.video_directory or ""
+
+    @property
+    def folder(self) -> Path:
+        """Where what is known of the subset's files is kept beside them."""
+        own = self.image_dir or self.video_directory
+        return Path(own) if own else Path(self.metadata_file or "").parent
+
+    @property
+    def frame_keys(self) -> tuple:
+        """What decides which frames of its videos are trained."""
+        names = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
+        return tuple(getattr(self, name) for name in (*names, "fps_resample_mode")) if self.video_directory else ()
 
     @property
     def moving(self) -> list[str]:
@@ -74,13 +95,14 @@ class DatasetSpec:
 
 
 BOOL, INT, NUMBER, TEXT, SIZE, RANGE = "true or false", "a whole number", "a number", "a text", "a size", "two numbers"
-TEXTS = "a text or a list of texts"
+TEXTS, INTS = "a text or a list of texts", "a whole number or a list of them, each at least 1"
 DATASET_KEYS = {
     "batch_size": INT, "resolution": SIZE, "enable_bucket": BOOL, "min_bucket_reso": INT, "max_bucket_reso": INT,
     "bucket_reso_steps": INT, "bucket_no_upscale": BOOL, "validation_split": NUMBER, "validation_seed": INT,
 }  # fmt: skip
 SUBSET_ONLY = {
     "image_dir": TEXT, "metadata_file": TEXT, "conditioning_data_dir": TEXT, "is_reg": BOOL, "control_directory": TEXTS,
+    "video_directory": TEXT,
 }  # fmt: skip
 SHARED = {
     "num_repeats": INT, "shuffle_caption": BOOL, "caption_separator": TEXT, "keep_tokens": INT,
@@ -90,6 +112,8 @@ SHARED = {
     "token_warmup_min": INT, "token_warmup_step": NUMBER, "color_aug": BOOL, "flip_aug": BOOL, "random_crop": BOOL,
     "face_crop_aug_range": RANGE, "alpha_mask": BOOL, "resize_interpolation": TEXT, "class_tokens": TEXT,
     "caption_extension": TEXT, "no_resize_control": BOOL, "control_resolution": SIZE,
+    "target_frames": INTS, "frame_extraction": TEXT, "frame_stride": INT, "frame_sample": INT, "max_frames": INT,
+    "source_fps": NUMBER, "fps_resample_mode": TEXT,
 }  # fmt: skip
 LEVELS = {
     "[general]": {**DATASET_KEYS, **SHARED},
@@ -99,6 +123,7 @@ LEVELS = {
 ALIASES = {  # musubi-tuner's names
     "image_directory": "image_dir",
     "image_jsonl_file": "metadata_file",
+    "video_jsonl_file": "metadata_file",
     "flux_kontext_no_resize_control": "no_resize_control",
     "qwen_image_edit_no_resize_control": "no_resize_control",
     "qwen_image_edit_control_resolution": "control_resolution",
@@ -227,8 +252,8 @@ def _subset(own: dict, dataset: dict, general: dict, place: str, folder: Path, o
             values[key] = _beside(folder, values[key])
         elif isinstance(values.get(key), tuple):
             values[key] = tuple(_beside(folder, value) for value in values[key])
-    if "image_dir" not in values and "metadata_file" not in values:
-        raise ConfigError(f"{place}: image_dir (or metadata_file) is missing")
+    if not any(key in values for key in ("image_dir", "video_directory", "metadata_file")):
+        raise ConfigError(f"{place}: image_dir (or video_directory, or metadata_file) is missing")
     if "conditioning_data_dir" in values and not options.masked_loss:
         raise ConfigError(f"{place}: conditioning_data_dir is read only with --masked_loss")
     extension = values.get("caption_extension", ".caption")
@@ -253,6 +278,30 @@ def _check_subset(spec: SubsetSpec, place: str, options: Any) -> None:
     for folder in spec.control_directory:
         if spec.image_dir and Path(folder).resolve() == Path(spec.image_dir).resolve():
             raise ConfigError(f"{place}: control_directory {folder} is the image_dir; give controls their own")
+    _check_frames(spec, place)
+
+
+def _check_frames(spec: SubsetSpec, place: str) -> None:
+    """The keys of videos. Raises ConfigError."""
+    if spec.frame_extraction not in EXTRACTIONS:
+        known = f"{nearest(spec.frame_extraction, EXTRACTIONS)} (known: {', '.join(EXTRACTIONS)})"
+        raise ConfigError(f"{place}: frame_extraction '{spec.frame_extraction}' is not known{known}")
+    for key in ("frame_stride", "frame_sample", "max_frames"):
+        if getattr(spec, key) < 1:
+            raise ConfigError(f"{place}: {key} {getattr(spec, key)} is below 1")
+    if spec.source_fps is not None and spec.source_fps <= 0:
+        raise ConfigError(f"{place}: source_fps {spec.source_fps:g} is not above 0")
+    if spec.fps_resample_mode not in (None, TIMESTAMPS):
+        raise ConfigError(f"{place}: fps_resample_mode '{spec.fps_resample_mode}' is not known (known: {TIMESTAMPS})")
+    if spec.fps_resample_mode and spec.source_fps is not None:
+        raise ConfigError(f"{place}: source_fps is not read with fps_resample_mode, which takes the file's own times")
+    if not spec.video_directory:
+        return
+    if spec.image_dir and not spec.metadata_file:
+        raise ConfigError(f"{place}: image_dir and video_directory are two subsets; make a table for each")
+    for key in ("control_directory", "conditioning_data_dir", "alpha_mask"):
+        if getattr(spec, key):
+            raise ConfigError(f"{place}: {key} belongs to pictures; videos have neither controls nor masks; remove it")
 
 
 def _beside(folder: Path, value: str) -> str:
@@ -290,6 +339,10 @@ def _checked(table: Any, level: str, source: str) -> dict[str, Any]:
     return out
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _typed(key: str, value: Any, kind: str, where: str) -> Any:
     """The value if it is of its kind; sizes and ranges as tuples."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
@@ -302,10 +355,11 @@ def _typed(key: str, value: Any, kind: str, where: str) -> Any:
     if kind in good:
         if good[kind]:
             return value
-    elif kind == TEXTS:
-        texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
-        if texts and all(isinstance(text, str) for text in texts):
-            return texts
+    elif kind in (TEXTS, INTS):
+        several = tuple(value) if isinstance(value, list | tuple) else (value,)
+        wanted = (lambda one: isinstance(one, str)) if kind == TEXTS else _is_count
+        if several and all(map(wanted, several)):
+            return several
     else:
         parts = (
             value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]

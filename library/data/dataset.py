@@ -13,15 +13,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from library.data import buckets, controls
+from library.data import buckets, clips, controls
 from library.data.buckets import Placement
 from library.data.captions import has_tags
 from library.data.config import DatasetSpec, load_dataset_config
 from library.data.items import Item, Report, names
-from library.data.sources import item_of, read_subset
+from library.data.sources import items_of, read_subset
+from library.data.video_table import video_table
 from library.errors import ConfigError, DatasetError
+
+if TYPE_CHECKING:
+    from library.families.family import FrameRule
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,16 @@ def item_rng(seed: int, step: int, item: int, repeat: int) -> random.Random:
 
 class Dataset:
     def __init__(
-        self, specs: tuple[DatasetSpec, ...], items: list[Item], held_out: list[Item], report: Report, seed: int
+        self,
+        specs: tuple[DatasetSpec, ...],
+        items: list[Item],
+        held_out: list[Item],
+        report: Report,
+        seed: int,
+        rule: FrameRule | None = None,
     ) -> None:
         self.specs, self.items, self.validation, self.report, self.seed = specs, items, held_out, report, seed
+        self.rule = rule  # of a video model
         # (dataset, bucket, buckets of the controls) -> (item, repeat): what can be in one batch
         self.groups: dict[tuple[int, tuple, tuple], list[tuple[int, int]]] = defaultdict(list)
         for item in items:
@@ -71,20 +82,25 @@ class Dataset:
         return self._order[1]
 
     def print_table(self) -> str:
-        """found = trained + held out + dropped, and the buckets."""
-        r = self.report
+        """found = trained + held out + dropped in files, the buckets, and what becomes of every video."""
+        r, what = self.report, "pictures"
+        if r.videos:
+            what = "videos" if len(r.videos) == r.found else "pictures and videos"
         lines = [
-            f"pictures: found {r.found} = trained {r.trained} + held out {r.held_out} "
-            f"+ dropped {sum(r.dropped.values())}"
+            f"{what}: found {r.found} = trained {r.trained} + held out {r.held_out} + dropped {sum(r.dropped.values())}"
         ]
         lines += [f"  dropped {count}: {reason}" for reason, count in r.dropped.items()]
         for (dataset, bucket, beside), entries in sorted(self.groups.items()):
             size, seen = self.specs[dataset].batch_size, ", ".join(f"{w}x{h}" for w, h in beside)
+            members = {i for i, _ in entries}
+            kind = "clips" if any(self.items[i].clip for i in members) else "pictures"
             lines.append(
                 f"  dataset {dataset + 1}, bucket {'x'.join(map(str, bucket))}{seen and ' with controls ' + seen}: "
-                f"{len({i for i, _ in entries})} pictures, "
+                f"{len(members)} {kind}, "
                 f"{len(entries)} with repeats, {math.ceil(len(entries) / size)} batches of {size}"
             )
+        if r.videos:
+            lines += video_table(r.videos, self.items, self.validation)
         return "\n".join(lines + [f"  note: {note}" for note in r.notes])
 
     def metadata(self) -> dict[str, str]:
@@ -92,7 +108,7 @@ class Dataset:
         per_dataset, frequencies, folders = [], defaultdict(Counter), {}
         for number, spec in enumerate(self.specs):
             members = [item for item in self.items if item.dataset == number]
-            found = Counter(item.placement.bucket for item in members)
+            found = Counter(item.bucket for item in members)
             info = {
                 str(k): {"resolution": list(bucket), "count": count}
                 for k, (bucket, count) in enumerate(sorted(found.items()))
@@ -123,16 +139,17 @@ class Dataset:
 def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
     """Scan, check, split and place. Raises ConfigError for the description and DatasetError for the files.
 
-    Without a family nothing is refused that only some models take.
+    Without a family nothing is refused that only some models take, except videos.
     """
     specs = load_dataset_config(options)
     report, trained, held_out = Report(), [], []
+    rule = None if family is None else family.frames
     seen: set[tuple] = set()
     for number, spec in enumerate(specs):
         _check_steps(spec, pixel_multiple, number)
         items = []
         for subset in spec.subsets:
-            key = (number, subset.source, subset.conditioning_data_dir)
+            key = (number, subset.source, subset.conditioning_data_dir, subset.control_directory, subset.frame_keys)
             rows = read_subset(subset, options, report)
             report.found += len(rows)
             if key in seen or subset.num_repeats < 1:
@@ -141,7 +158,10 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
                 )
                 continue
             seen.add(key)
-            items += [item_of(row, subset, number, options) for row in rows]
+            for k, row in enumerate(rows, report.found - len(rows)):
+                items += items_of(row, k, subset, number, options, rule, report)
+            if rule:
+                report.notes += clips.notes([row.video for row in rows if row.video], subset, rule)
         items = _balance(items, report)
         train, held = _split(items, spec, options)
         _place(train + held, spec)
@@ -154,13 +174,13 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
         item.index = k
     for k, item in enumerate(held_out):
         item.index, item.repeats = len(trained) + k, 1
-    report.trained, report.held_out = len(trained), len(held_out)
+    report.trained, report.held_out = len(rows_of(trained)), len(rows_of(held_out))
     if not trained:
         raise DatasetError(
-            f"there is nothing to train on: found {report.found} pictures, held out {len(held_out)}, "
+            f"there is nothing to train on: found {report.found} files, held out {report.held_out}, "
             f"dropped {report.dropped or 'none'}; look at the paths in the dataset description"
         )
-    return Dataset(specs, trained, held_out, report, options.seed)
+    return Dataset(specs, trained, held_out, report, options.seed, rule)
 
 
 def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
@@ -183,6 +203,11 @@ def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
         )
 
 
+def rows_of(items: Iterable[Item]) -> set[int]:
+    """The files that these items are of."""
+    return {item.row for item in items}
+
+
 def _balance(items: list[Item], report: Report) -> list[Item]:
     """Regularisation pictures, repeated one by one until they match the training pictures; the surplus is dropped."""
     train, reg = [i for i in items if not i.is_reg], [i for i in items if i.is_reg]
@@ -190,7 +215,8 @@ def _balance(items: list[Item], report: Report) -> list[Item]:
     if not reg:
         return items
     kept = reg[: max(wanted, 0)]
-    report.drop("regularisation pictures beyond the number of training pictures", len(reg) - len(kept))
+    lost = len(rows_of(reg) - rows_of(kept))
+    report.drop("regularisation pictures beyond the number of training pictures", lost)
     for k, item in enumerate(kept):
         item.repeats = wanted // len(kept) + (k < wanted % len(kept))
     return train + kept
@@ -200,11 +226,12 @@ def _split(items: list[Item], spec: DatasetSpec, options: Any) -> tuple[list[Ite
     """Held-out pictures by one permutation of files; regularisation pictures are never held out."""
     if not spec.validation_split:
         return items, []
-    candidates = [item for item in items if not item.is_reg]
+    candidates = list(dict.fromkeys(item.file for item in items if not item.is_reg))
     seed = spec.validation_seed if spec.validation_seed is not None else options.seed
     count = round(len(candidates) * spec.validation_split)
-    chosen = {id(item) for item in random.Random(_digest(seed, -1)).sample(candidates, count)}
-    return [i for i in items if id(i) not in chosen], [i for i in items if id(i) in chosen]
+    chosen = set(random.Random(_digest(seed, -1)).sample(candidates, count))
+    held = [item for item in items if item.file in chosen and not item.is_reg]
+    return [item for item in items if item.file not in chosen or item.is_reg], held
 
 
 def _place(items: Iterable[Item], spec: DatasetSpec) -> None:

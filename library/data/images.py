@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.data.buckets import Placement
+    from library.data.cache import ContentHashes
     from library.data.config import SubsetSpec
     from library.data.items import Item
 
@@ -22,9 +23,18 @@ RECIPE = 1  # raised when the same options begin to give other pixels
 
 @dataclass
 class Picture:
-    pixels: np.ndarray  # uint8 [H,W,3] at the bucket's size
+    pixels: np.ndarray  # uint8 [H,W,3] at the bucket's size; [F,H,W,3] for a video model
     mask: np.ndarray | None  # float32 [H,W] in 0..1
     flipped: bool
+
+
+def content(item: Item, hashes: ContentHashes) -> str:
+    """What the pixels of an item are made from, for the identity of a cache entry."""
+    if item.clip is None:
+        return hashes.of(item.path)
+    from library.data import videos
+
+    return videos.content(item.clip, hashes)
 
 
 def preprocessing_key(item: Item) -> str:
@@ -39,17 +49,21 @@ def placement_key(placement: Placement, subset: SubsetSpec) -> str:
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 [H,W,3] -> float32 [3,H,W] in -1..1."""
+    """uint8 [H,W,3] or [F,H,W,3] -> float32 [3,H,W] or [3,F,H,W] in -1..1."""
     import torch
 
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(pixels)).movedim(-1, 0).float().div_(127.5).sub_(1)
 
 
 def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:
-    """The picture of an item. `flip` decides the mirroring; None draws it from `rng` where flip_aug is on.
+    """The picture or clip of an item. `flip` decides the mirroring; None draws it from `rng` where flip_aug is on.
 
     Raises DatasetError naming a file that cannot be decoded.
     """
+    if item.clip is not None:
+        from library.data import videos
+
+        return videos.load(item, rng, flip)
     subset = item.subset
     pixels, mask = decode(item.path, subset.alpha_mask)
     if item.mask_path is not None:
@@ -66,7 +80,7 @@ def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:
         mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
     if subset.color_aug:
         pixels = change_colours(pixels, rng)
-    return Picture(pixels, mask, flipped)
+    return Picture(pixels[None] if item.frames else pixels, mask, flipped)
 
 
 def decode(path, with_alpha: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -82,12 +96,19 @@ def decode(path, with_alpha: bool = False) -> tuple[np.ndarray, np.ndarray | Non
             if not has_alpha:
                 mask = np.full((image.height, image.width), 255, np.uint8) if with_alpha else None
                 return np.asarray(image.convert("RGB")), mask
-            image = image.convert("RGBA")
-            paper = Image.new("RGBA", image.size, "white")
-            paper.alpha_composite(image)
-            return np.asarray(paper.convert("RGB")), np.asarray(image.getchannel("A")) if with_alpha else None
+            pixels = np.asarray(image.convert("RGBA"))
+            return on_white(pixels), pixels[:, :, 3] if with_alpha else None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path} cannot be decoded ({error}); repair it or take it out") from None
+
+
+def on_white(pixels: np.ndarray) -> np.ndarray:
+    """uint8 RGBA [H,W,4] -> RGB [H,W,3]."""
+    from PIL import Image
+
+    paper = Image.new("RGBA", (pixels.shape[1], pixels.shape[0]), "white")
+    paper.alpha_composite(Image.fromarray(pixels))
+    return np.asarray(paper.convert("RGB"))
 
 
 def read_mask(path, size: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a dataset is made of: items, each one picture with all that belongs to it, and the account of all files."""
+"""What a dataset is made of: items, each a picture or a clip with all that belongs to it; the account of all files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from library.data.buckets import Placement
 
 if TYPE_CHECKING:
+    from library.data.clips import Clip, Cut
     from library.data.config import SubsetSpec
+    from library.data.videos import Video
 
 SHOWN = 5  # file names in one message
 BLANK = Placement((0, 0), (0, 0), 0, 0)  # before an item is placed
@@ -32,6 +34,9 @@ class Item:
     controls: tuple[Path, ...] = ()  # control pictures, in their order
     control_sizes: tuple[tuple[int, int], ...] = ()  # as their files show them
     control_placements: tuple[Placement, ...] = ()  # how each becomes what the model sees
+    clip: Clip | None = None  # of a video: which frames
+    frames: int = 0  # of what is trained; 0 = a picture of a model that knows no time
+    row: int = 0  # one number for all items of one file
 
     @property
     def path(self) -> Path:
@@ -41,7 +46,7 @@ class Item:
     @property
     def bucket(self) -> tuple[int, ...]:
         """Sides of what is trained: items of one batch have equal ones."""
-        return self.placement.bucket
+        return (*self.placement.bucket, self.frames) if self.frames else self.placement.bucket
 
     @property
     def control_buckets(self) -> tuple[tuple[int, int], ...]:
@@ -50,12 +55,25 @@ class Item:
 
 
 @dataclass
+class Account:
+    """What became of one video."""
+
+    row: int
+    dataset: int
+    video: Video
+    cut: Cut
+
+
+@dataclass
 class Report:
+    """In files: a video counts once, however many clips it gives."""
+
     found: int = 0
     trained: int = 0
     held_out: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> pictures
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> files
     notes: list[str] = field(default_factory=list)
+    videos: list[Account] = field(default_factory=list)
 
     def drop(self, reason: str, count: int) -> None:
         if count:

@@ -1,4 +1,4 @@
-"""Metadata files: JSON {path: {caption, tags, control_path, ...}} or JSONL, a line a picture, with its image_path."""
+"""Metadata files: JSON {path: {caption, tags, control_path, ...}} or JSONL, a line a picture or video."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from library.data.config import SubsetSpec
-from library.data.scan import EXTENSIONS, Found, picture_size
+from library.data.scan import EXTENSIONS, VIDEOS, Found, picture_size
 from library.errors import DatasetError
 
 
-def read_metadata(subset: SubsetSpec) -> list[Found]:
-    """The pictures of a metadata file, in its order. Raises DatasetError naming the file, the line, the picture."""
+def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
+    """Pictures and videos of a metadata file, in its order. Raises DatasetError naming the file, the line, the picture.
+
+    What decoding a video shows is remembered in `index_folder`.
+    """
     path = Path(subset.metadata_file or "")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -24,38 +27,55 @@ def read_metadata(subset: SubsetSpec) -> list[Found]:
         raise DatasetError(f"metadata_file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     rows = [_found(key, entry, subset, path) for key, entry in _entries(text, path)]
     if not rows:
-        raise DatasetError(f"metadata_file {path}: there is no picture in it")
+        raise DatasetError(f"metadata_file {path}: there is no picture and no video in it")
+    if any(map(_is_video, rows)):
+        from library.data.scan_videos import look_at
+
+        places = [n for n, row in enumerate(rows) if _is_video(row)]
+        for n, seen in zip(places, look_at([rows[n].path for n in places], index_folder), strict=True):
+            seen.caption = rows[n].caption
+            rows[n] = seen
     return rows
 
 
 def _entries(text: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         if path.suffix == ".jsonl":
-            lines = [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-            return [(line["image_path"], line) for _, line in lines]
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [(line["video_path"] if "video_path" in line else line["image_path"], line) for line in lines]
         content = json.loads(text)
         return [(key, value if isinstance(value, dict) else {"caption": value}) for key, value in content.items()]
     except ValueError as error:
         raise DatasetError(f"metadata_file {path} is not valid: {error}") from None
     except (KeyError, TypeError, AttributeError):
-        raise DatasetError(f"metadata_file {path}: every line needs an image_path, every entry a table") from None
+        raise DatasetError(
+            f"metadata_file {path}: every line needs an image_path or a video_path, every entry a table"
+        ) from None
+
+
+def _is_video(row: Found) -> bool:
+    return Path(row.path).suffix.lower() not in EXTENSIONS or Path(row.path).is_dir()
 
 
 def _found(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
-    picture = _picture(key, (subset.image_dir,) if subset.image_dir else (), source)
-    if picture is None:
-        raise DatasetError(
-            f"metadata_file {source}: {key} is not found" + (f" in {subset.image_dir}" if subset.image_dir else "")
-        )
+    folders = [folder for folder in (subset.image_dir, subset.video_directory) if folder]
+    path = _picture(key, folders, source)
+    if path is None:
+        where = f" in {' or '.join(folders)}" if folders else ""
+        raise DatasetError(f"metadata_file {source}: {key} is not found{where}")
     caption, tags = (entry.get("caption") or "").strip(), (entry.get("tags") or "").strip()
-    stat = picture.stat()
-    found = Found(str(picture), (stat.st_size, stat.st_mtime_ns), None, None)
+    stat = path.stat()
+    found = Found(str(path), (stat.st_size, stat.st_mtime_ns), None, None)
     joined = subset.caption_separator.rstrip() + " "
     if tags and subset.enable_wildcard and caption:
         found.caption = "\n".join(f"{line}{joined}{tags}" for line in caption.splitlines() if line.strip())
     else:
         found.caption = joined.join(part for part in (caption, tags) if part)
-    found.size, found.problem = _size(picture)
+    if _is_video(found):
+        if beside := [name for name in entry if name.startswith("control")]:
+            raise DatasetError(f"metadata_file {source}: {key} has {beside[0]}, but a video has no control pictures")
+        return found
+    found.size, found.problem = _size(path)
     found.controls, lost = _controls(key, entry, subset, source)
     if lost:
         found.problem = f"its control picture {lost[0]} is not found"
@@ -97,12 +117,17 @@ def _controls(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path)
 
 
 def _picture(key: str, folders: Sequence[str], source: Path) -> Path | None:
-    """A path of the file: absolute, in one of `folders`, else in the working directory or beside the metadata file."""
+    """A path of the file: absolute, in one of `folders`, else in the working directory or beside the metadata file.
+
+    The extension of a picture may be missing; a folder is a video of its pictures.
+    """
     places = [Path(folder) for folder in folders] or [Path("."), source.parent]
     for base in (place / key for place in places):  # an absolute key stays what it is
-        if base.suffix.lower() in EXTENSIONS:
+        if base.suffix.lower() in EXTENSIONS | VIDEOS:
             if base.is_file():
                 return base
         elif found := next((p for e in sorted(EXTENSIONS) if (p := base.with_name(base.name + e)).is_file()), None):
             return found
+        if base.is_dir():
+            return base
     return None

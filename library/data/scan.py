@@ -14,8 +14,13 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from library.data.videos import Video
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
+VIDEOS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".gif"}
 INDEX = "scan.json"
 HEAD = 64  # bytes that are enough for the formats with a fixed header
 
@@ -28,6 +33,7 @@ class Found:
     caption: str | None  # text of the caption file; None: there is none
     problem: str = ""
     controls: tuple[Found, ...] = ()  # control pictures, in their order
+    video: Video | None = None  # where the file is one
 
 
 def scan_folder(
@@ -49,13 +55,13 @@ def scan_folder(
                 captions[entry.name[: -len(caption_extension)]] = entry
             elif not entry.name.startswith(".") and entry.is_file():
                 others.append(entry.name)
-    index = _Index(index_folder, folder, caption_extension)
+    index = Index(index_folder, INDEX, folder=str(folder.resolve()), extension=caption_extension)
     found = [_one(entries[name], captions, index) for name in sorted(entries)]
     index.write()
     return found, others
 
 
-def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: _Index) -> Found:
+def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: Index) -> Found:
     stat = entry.stat()
     text_entry = captions.get(entry.name.rpartition(".")[0])
     text_stat = text_entry.stat() if text_entry else None
@@ -76,23 +82,28 @@ def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: _Index) ->
         found.problem = f"its header cannot be read ({error})"
         return found
     if text_entry:
-        try:
-            with open(text_entry.path, "rb") as file:
-                found.caption = file.read().decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            found.problem = f"its caption {text_entry.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        found.caption, found.problem = read_caption(text_entry)
+        if found.problem:
             return found
     index.put(entry.name, key, (*found.size, found.caption))
     return found
 
 
-class _Index:
-    """name -> [key, width, height, caption] of one folder; a damaged or foreign file is as good as none."""
+def read_caption(entry: os.DirEntry) -> tuple[str | None, str]:
+    """The text of a caption file, and what is wrong with it."""
+    try:
+        with open(entry.path, "rb") as file:
+            return file.read().decode("utf-8-sig").strip(), ""
+    except UnicodeDecodeError as error:
+        return None, f"its caption {entry.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
 
-    def __init__(self, folder: Path | None, pictures: Path, extension: str | None) -> None:
-        self.path = folder / INDEX if folder else None
-        self.head = {"version": 1, "folder": str(pictures.resolve()), "extension": extension}
-        self.known: dict[str, list] = {}
+
+class Index:
+    """name -> [key, *values] of one folder; a damaged or foreign file is as good as none."""
+
+    def __init__(self, place: Path | None, name: str, **head: Any) -> None:
+        self.path = place / name if place else None
+        self.head, self.known = {"version": 1, **head}, {}
         self.changed = False
         try:
             content = json.loads(self.path.read_text(encoding="utf-8")) if self.path else {}
@@ -103,7 +114,7 @@ class _Index:
 
     def get(self, name: str, key: tuple) -> tuple | None:
         entry = self.known.get(name)
-        return (entry[1], entry[2], entry[3]) if entry and tuple(entry[0]) == key else None
+        return tuple(entry[1:]) if entry and tuple(entry[0]) == key else None
 
     def put(self, name: str, key: tuple, value: tuple) -> None:
         self.known[name] = [key, *value]
@@ -112,7 +123,7 @@ class _Index:
     def write(self) -> None:
         if not (self.path and self.changed):
             return
-        partial = self.path.with_name(f".{uuid.uuid4().hex[:8]}.{INDEX}")
+        partial = self.path.with_name(f".{uuid.uuid4().hex[:8]}.{self.path.name}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "w", encoding="utf-8") as file:

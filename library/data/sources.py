@@ -1,15 +1,19 @@
-"""From a subset's folder or metadata file to items with captions, masks, controls; what is wrong is said by name."""
+"""From a subset's folder or metadata file to items with captions, masks, controls, clips; faults are said by name."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from library.data import controls, scan
+from library.data import clips, controls, scan
 from library.data.config import SubsetSpec
-from library.data.items import BLANK, SHOWN, Item, Report
+from library.data.items import BLANK, SHOWN, Account, Item, Report
 from library.errors import ConfigError, DatasetError
+
+if TYPE_CHECKING:
+    from library.families.family import FrameRule
 
 KNOWN = (".txt", ".caption", ".json", ".npz", ".toml", ".md")  # what lies beside pictures
 
@@ -22,16 +26,20 @@ def index_folder(folder: Path, options: Any) -> Path:
 
 
 def read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.Found]:
-    """The pictures of a subset with captions and controls. Raises DatasetError naming what cannot be used."""
+    """The pictures and videos of a subset with captions and controls. Raises DatasetError for what cannot be used."""
     if subset.metadata_file:
         from library.data.metadata_file import read_metadata
 
-        rows = read_metadata(subset)
+        rows, what = read_metadata(subset, index_folder(subset.folder, options)), "files"
+    elif subset.video_directory:
+        from library.data import scan_videos
+
+        rows, what = _read_folder("video", scan.VIDEOS, scan_videos.scan_folder, subset, options, report), "videos"
     else:
-        rows = _read_folder(subset, options, report)
+        rows, what = _read_folder("picture", scan.EXTENSIONS, scan.scan_folder, subset, options, report), "pictures"
     if faults := scan.problems(rows):
         raise DatasetError(
-            f"{len(faults)} pictures cannot be used: {'; '.join(faults[:SHOWN])}; repair them or take them out"
+            f"{len(faults)} {what} cannot be used: {'; '.join(faults[:SHOWN])}; repair them or take them out"
         )
     if subset.control_directory:
         report.notes += controls.attach(rows, subset, lambda folder: index_folder(folder, options))
@@ -39,23 +47,27 @@ def read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.F
     return rows
 
 
-def _read_folder(subset: SubsetSpec, options: Any, report: Report) -> list[scan.Found]:
-    folder = Path(subset.image_dir or "")
+def _read_folder(
+    what: str, extensions: set[str], scan_folder: Any, subset: SubsetSpec, options: Any, report: Report
+) -> list[scan.Found]:
+    folder, key = subset.folder, "video_directory" if subset.video_directory else "image_dir"
     if not folder.is_dir():
-        raise DatasetError(f"image_dir {folder}: no such folder")
-    rows, others = scan.scan_folder(folder, subset.caption_extension, index_folder(folder, options))
-    strange = [
-        name for name in others if Path(name).suffix not in (".txt", ".caption", ".json", ".npz", ".toml", ".md")
-    ]
-    if strange:
-        report.notes.append(f"{folder}: {len(strange)} files are no pictures ({', '.join(sorted(strange)[:3])})")
+        raise DatasetError(f"{key} {folder}: no such folder")
+    rows, others = scan_folder(folder, subset.caption_extension, index_folder(folder, options))
+    if strange := sorted(name for name in others if Path(name).suffix not in KNOWN):
+        report.notes.append(f"{folder}: {len(strange)} files are no {what}s ({', '.join(strange[:3])})")
     if not rows:
-        raise DatasetError(f"image_dir {folder}: there is no picture in it ({', '.join(sorted(scan.EXTENSIONS))})")
+        raise DatasetError(f"{key} {folder}: there is no {what} in it ({', '.join(sorted(extensions))})")
     return rows
 
 
-def item_of(row: scan.Found, subset: SubsetSpec, number: int, options: Any) -> Item:
-    """The item of one picture, not yet placed. Raises DatasetError for a missing caption or mask."""
+def items_of(
+    row: scan.Found, number: int, subset: SubsetSpec, dataset: int, options: Any, rule: FrameRule | None, report: Report
+) -> list[Item]:
+    """The item of one picture, or one for every clip of a video, not yet placed; `number` is the row's own.
+
+    Raises DatasetError for a missing caption or mask and for a video that gives no times.
+    """
     caption = row.caption or subset.class_tokens
     if caption is None:
         what = "is empty" if row.caption is not None else "is missing"
@@ -63,11 +75,15 @@ def item_of(row: scan.Found, subset: SubsetSpec, number: int, options: Any) -> I
             f"{row.path}: its caption ({Path(row.path).stem}{subset.caption_extension}) {what}; "
             "write one, or give the subset class_tokens as the caption of all"
         )
-    mask = _mask_of(Path(row.path), subset) if subset.conditioning_data_dir else None
     weight = options.prior_loss_weight if subset.is_reg else 1.0
     item = Item(
-        0, row.path, caption, row.size, row.stat, subset, number, BLANK, subset.num_repeats, subset.is_reg, weight, mask
+        0, row.path, caption, row.size, row.stat, subset, dataset, BLANK, subset.num_repeats, subset.is_reg, weight
     )
+    item.row, item.frames = number, 1 if rule else 0
+    if row.video is not None:
+        return _clips_of(item, row, subset, rule, report)
+    if subset.conditioning_data_dir:
+        item.mask_path = _mask_of(Path(row.path), subset)
     if row.controls:
         if moving := subset.moving:
             raise ConfigError(
@@ -76,7 +92,25 @@ def item_of(row: scan.Found, subset: SubsetSpec, number: int, options: Any) -> I
             )
         item.controls = tuple(Path(control.path) for control in row.controls)
         item.control_sizes = tuple(control.size for control in row.controls)
-    return item
+    return [item]
+
+
+def _clips_of(item: Item, row: scan.Found, subset: SubsetSpec, rule: FrameRule | None, report: Report) -> list[Item]:
+    name, video = Path(row.path).name, row.video
+    if rule is None:
+        raise ConfigError(f"{subset.source}: {name} is a video, and this model makes pictures; take it out")
+    if subset.conditioning_data_dir or subset.alpha_mask:
+        raise ConfigError(f"{subset.source}: masks belong to pictures, and {name} is a video; give it its own subset")
+    try:
+        cut = clips.cut(video, subset, rule)
+    except ValueError as error:
+        raise DatasetError(f"{row.path}: {error}") from None
+    report.videos.append(Account(item.row, item.dataset, video, cut))
+    report.drop("videos that are shorter than every clip that was asked for", not cut.windows)
+    return [
+        replace(item, frames=frames, clip=clips.Clip(video, cut.order, start, frames, cut.fps))
+        for start, frames in cut.windows
+    ]
 
 
 def _mask_of(path: Path, subset: SubsetSpec) -> Path:

@@ -46,6 +46,19 @@ class ItemInput:
 
 
 @dataclass(frozen=True)
+class FrameRule:
+    """How many frames a video model takes, `multiple` * k + `offset`, and the rate that it was trained at."""
+
+    multiple: int
+    offset: int
+    fps: float  # frames a second
+
+    def fit(self, frames: int) -> int:
+        """The greatest such number that is at most `frames`; 0 if there is none."""
+        return max(0, (frames - self.offset) // self.multiple * self.multiple + self.offset)
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """Where the tokenizer of a text encoder is: its option, else beside the encoder's file, else a hub id."""
 
@@ -114,6 +127,7 @@ class Family:
     encode_item: Callable[..., Cond] | None = None
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
     max_controls: int = 0  # control pictures that one item can have
+    frames: FrameRule | None = None  # of a video model: every item is then a clip, a picture one of a single frame
     variant_of: Callable[..., Family] | None = None  # (options) -> the record for these files and options
     recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
     channels_of: Callable[..., int] = lambda denoiser: int(denoiser.config.in_channels)  # latent channels of a file

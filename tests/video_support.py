@@ -1,0 +1,59 @@
+"""Videos made for the tests: every frame shows its own number as 4 x 4 black and white fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def pattern(number: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """uint8 [H,W,3]; field k (row by row) is white where bit k of the number is set."""
+    bits = np.array([number >> k & 1 for k in range(16)], np.uint8).reshape(4, 4) * 255
+    rows, columns = np.arange(size[1]) * 4 // size[1], np.arange(size[0]) * 4 // size[0]
+    return np.repeat(bits[rows][:, columns, None], 3, 2)
+
+
+def number_of(pixels: np.ndarray) -> int:
+    """The number that a frame [H,W,3] shows; the middles of the fields decide."""
+    height, width = pixels.shape[:2]
+    rows, columns = (np.arange(4) * 2 + 1) * height // 8, (np.arange(4) * 2 + 1) * width // 8
+    fields = pixels[rows][:, columns].mean(-1).reshape(-1) > 127
+    return int(sum(1 << k for k in range(16) if fields[k]))
+
+
+def write_video(
+    path: Path,
+    frames: int | Iterable[np.ndarray],
+    *,
+    size: tuple[int, int] = (64, 64),
+    rate: Fraction | int = 30,
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    times: Sequence[int] | None = None,  # milliseconds, for a variable rate
+    turn: tuple[int, bool, bool] | None = None,  # degrees counter-clockwise, mirrored left to right, top to bottom
+    aspect: Fraction | None = None,
+    **options: str,
+) -> Path:
+    """A real file of `frames` numbered patterns, or of these frames."""
+    pictures = [pattern(n, size) for n in range(frames)] if isinstance(frames, int) else list(frames)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pixels
+        if turn:
+            stream.set_display_rotation(turn[0], hflip=turn[1], vflip=turn[2])
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for n, one in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(one, format="rgba" if one.shape[2] == 4 else "rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[n], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
