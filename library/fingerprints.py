@@ -1,6 +1,6 @@
 """What any weight file is, from its header alone: kind, family, variant, layout, format. No torch.
 
-Families that lorasmith trains and all VAEs are recognised by their own parts; for the others a table of distinguishing
+Families that lorasmith trains, all VAEs and encoders are recognised by their own parts; for the others a table of distinguishing
 keys names the file, so that a mistaken path is answered with what the file is.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from library.checkpoints import Checkpoint, configuration, rows_of
+from library.components.encoders import ENCODERS
 from library.components.vaes import VAES
 from library.errors import ConfigError
 from library.families import FAMILIES, get_family
@@ -61,14 +62,7 @@ TABLE: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ("checkpoint", "cosmos", "", "a Cosmos 1.0 denoiser", ("blocks.block0.blocks.0.block.attn.to_q.0.weight",)),
     ("vae", "ldm", "", "an LDM VAE", ("encoder.down.0.block.0.conv1.weight",)),
     ("vae", "ldm", "", "an LDM VAE (diffusers names)", ("encoder.down_blocks.0.resnets.0.conv1.weight",)),
-    ("text_encoder", "qwen2.5-vl", "", "a Qwen2.5-VL text encoder", ("visual.blocks.0.attn.qkv.weight", "model.layers.0.self_attn.q_proj.bias")),
-    ("text_encoder", "qwen3", "", "a Qwen3 text encoder", ("model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight")),
-    ("text_encoder", "qwen2.5", "", "a Qwen2.5 text encoder", ("model.layers.0.self_attn.q_proj.bias",)),
-    ("text_encoder", "gemma2", "", "a Gemma 2 text encoder", ("model.layers.0.pre_feedforward_layernorm.weight",)),
-    ("text_encoder", "llama", "", "a Llama or Mistral text encoder", ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight")),
-    ("text_encoder", "umt5", "", "a UMT5 text encoder", ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",)),
-    ("text_encoder", "t5", "", "a T5 text encoder", ("encoder.block.0.layer.0.SelfAttention.q.weight",)),
-    ("text_encoder", "clip", "", "a CLIP text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",)),
+    ("text_encoder", "gemma3", "", "a Gemma 3 text encoder", ("model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight")),
 )  # fmt: skip
 
 # (family, variant, a key that tells and its shape, None = any size). The first row that fits decides.
@@ -94,12 +88,19 @@ VARIANTS: tuple[tuple[str, str, str, tuple[int | None, ...]], ...] = (
     ("wan", "2.2 i2v", "patch_embedding.weight", (None, 36, None, None, None)),
     ("wan", "2.2 5B", "patch_embedding.weight", (None, 48, None, None, None)),
     ("wan", "t2v", "patch_embedding.weight", (None, 16, None, None, None)),  # 2.1 and 2.2 A14B have the same shapes
+    ("qwen2.5-vl", "7B", "model.embed_tokens.weight", (None, 3584)),
+    ("qwen2.5-vl", "3B", "model.embed_tokens.weight", (None, 2048)),
+    ("qwen3", "0.6B", "model.embed_tokens.weight", (None, 1024)),
+    ("qwen3", "4B", "model.embed_tokens.weight", (None, 2560)),
+    ("qwen3", "8B", "model.embed_tokens.weight", (None, 4096)),
+    ("mistral", "whole", "model.layers.39.input_layernorm.weight", (None,)),
+    ("mistral", "30 layers", "model.layers.29.input_layernorm.weight", (None,)),
 )
 
 
 @dataclass(frozen=True)
 class Identity:
-    kind: str  # checkpoint, lora, vae, text_encoder, unknown
+    kind: str  # checkpoint, lora, vae, text_encoder, image_encoder, unknown
     family: str
     variant: str
     layout: str
@@ -172,6 +173,7 @@ def _candidates(denoiser: bool) -> Iterator[tuple[str, str, str, Part]]:
     """Kind, family, variant and part of what is known by its own recognition."""
     if not denoiser:
         yield from (("vae", name, variant, part) for name, variant, part in VAES)
+        yield from ((kind, name, "", part) for kind, name, part in ENCODERS)
     for family in map(get_family, FAMILIES):
         for part in (family.denoiser,) if denoiser else (*family.text_encoders, *family.image_encoders):
             yield "checkpoint" if denoiser else part.name, family.name, "", part
@@ -191,7 +193,7 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, den
             return Identity(
                 kind,
                 family,
-                variant or (variant_of(family, shapes) if kind == "checkpoint" else ""),
+                variant or variant_of(family, shapes),
                 layout,
                 "",
                 matched=len(shapes) - len(unmatched),

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracles import read_json
 from training_support import pictures, toy, train  # noqa: F401  (fixtures)
 
 from library.checkpoints import Checkpoint
+from library.components.encoders import ENCODERS as PARTS
 from library.fingerprints import identify
 from library.headers import Header, TensorInfo
 
@@ -28,7 +30,7 @@ def test_the_parts_of_a_model_are_named_and_every_key_is_matched(toy):  # noqa: 
     expected = {
         "denoiser": ("checkpoint", "z_image", "comfy"),
         "vae": ("vae", "flux", "ldm"),
-        "text_encoder": ("text_encoder", "z_image", "original"),
+        "text_encoder": ("text_encoder", "qwen3", "original"),
     }
     for name, what in expected.items():
         found = inspect(toy.parent / f"{name}.safetensors")
@@ -77,16 +79,60 @@ def test_the_denoisers_of_other_families_are_named(name):
 
 
 @pytest.mark.skipif(not LAYOUTS.is_dir(), reason="the key lists of the full-size files are not here")
-def test_vaes_and_text_encoders_are_named_as_such():
+def test_vaes_are_named_as_such():
     wrong = []
-    for path in sorted(LAYOUTS.glob("*.json")):
-        kind = {"vae_": "vae", "te_": "text_encoder"}.get(path.name.split("_")[0] + "_")
-        if kind is None or path.name == "INDEX.json":
-            continue
+    for path in sorted(LAYOUTS.glob("vae_*.json")):
         keys = json.loads(path.read_text(encoding="utf-8"))["keys"]
         keys = keys if isinstance(keys, dict) else dict.fromkeys(keys, (1,))
-        tensors = {k: TensorInfo("BF16", tuple(shape), 0, 0) for k, shape in keys.items()}
-        found = identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
-        if found.kind != kind:
+        found = named(keys)
+        if found.kind != "vae":
             wrong.append(f"{path.stem}: {found.kind} {found.title}")
     assert not wrong, wrong
+
+
+def named(shapes, dtype="BF16"):
+    tensors = {key: TensorInfo(dtype, tuple(shape), 0, 0) for key, shape in shapes.items()}
+    return identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
+
+
+ENCODERS = {
+    "te_byt5_glyphxl": ("byt5", ""), "te_clip_g": ("clip_g", ""), "te_clip_l": ("clip_l", ""),
+    "te_gemma2_2b": ("gemma2", ""), "te_llama3_8b": ("llama3", ""), "te_mistral_small_flux2": ("mistral", "whole"),
+    "te_mistral_small_flux2_pruned": ("mistral", "30 layers"), "te_qwen25_3b": ("qwen2.5-vl", "3B"),
+    "te_qwen25_vl_7b": ("qwen2.5-vl", "7B"), "te_qwen3_0.6b": ("qwen3", "0.6B"), "te_qwen3_4b": ("qwen3", "4B"),
+    "te_qwen3_8b": ("qwen3", "8B"), "te_t5xxl": ("t5xxl", ""), "te_t5xxl_old": ("t5xxl_old", ""),
+    "te_umt5_auraflow": ("pile_t5xl", ""), "te_umt5xxl": ("umt5xxl", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_text_encoders_are_named_with_their_size_also_when_quantised(name):
+    content = read_json(f"layouts/{name}")
+    shapes = content.get("keys", content)
+    found = named(shapes)
+    assert (found.kind, found.family, found.variant) == ("text_encoder", *ENCODERS[name]), found.title
+    assert found.unmatched == [] and found.matched == len(shapes)
+    linear = next(key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2)
+    scaled = shapes | {"scaled_fp8": (0,), linear.removesuffix(".weight") + ".scale_weight": ()}
+    assert named(scaled, "F8_E4M3").family == ENCODERS[name][0]
+    (part,) = (part for _, family, part in PARTS if family == ENCODERS[name][0])
+    prefix = next(prefix for prefix in part.prefixes if prefix.startswith("text_encoders."))
+    inside = named({prefix + key: shape for key, shape in shapes.items()})
+    assert (inside.family, inside.variant) == ENCODERS[name]
+
+
+def test_image_encoders_and_foreign_language_models_are_named():
+    def layer(prefix):
+        return {f"{prefix}encoder.layers.0.self_attn.q_proj.weight": (1280, 1280)}
+
+    patches = {"vision_model.embeddings.patch_embedding.weight": (1280, 3, 14, 14)}
+    clip = patches | layer("vision_model.") | {"vision_model.embeddings.class_embedding": (1280,)}
+    assert (named(clip).kind, named(clip).family) == ("image_encoder", "clip_vision")
+    siglip = patches | layer("vision_model.")
+    assert (named(siglip).kind, named(siglip).family) == ("image_encoder", "siglip_vision")
+    first = "model.layers.0."
+    gemma3 = {
+        "model.embed_tokens.weight": (262208, 2560), f"{first}self_attn.q_proj.weight": (2048, 2560),
+        f"{first}self_attn.q_norm.weight": (256,), f"{first}pre_feedforward_layernorm.weight": (2560,),
+    }  # fmt: skip
+    assert (named(gemma3).kind, named(gemma3).family) == ("text_encoder", "gemma3")

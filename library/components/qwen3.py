@@ -18,10 +18,12 @@ ROPE_THETA, NORM_EPS, MAX_POSITIONS = 1_000_000.0, 1e-6, 40_960
 
 
 def recognise(shapes: Mapping[str, Shape]) -> str | None:
-    """Qwen3 has q_norm and, unlike Qwen2.5, no bias in its projections; it is no vision model."""
+    """Qwen3 has q_norm and, unlike Qwen2.5, no bias in its projections, nor Gemma 3's norms before the feed-forward."""
     layout = decoder.spelling(shapes)
     first = decoder.first_layer(shapes, layout) if layout else {}
-    return layout if "self_attn.q_norm.weight" in first and "self_attn.q_proj.bias" not in first else None
+    foreign = ("self_attn.q_proj.bias", "pre_feedforward_layernorm.weight")
+    is_qwen3 = "self_attn.q_norm.weight" in first and not any(key in first for key in foreign)
+    return layout if is_qwen3 else None
 
 
 def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EPS, MAX_DISTANCE = 1e-6, 128  # published for every T5; farther tokens share the last bucket
-T5_XXL, T5_11B, UMT5_XXL, PILE_XL, BYT5 = (32128, 4096), (32128, 1024), (256384, 4096), (32128, 2048), (1510, 1472)
+T5_WORDS, UMT5_WORDS, BYT5_WORDS = 32128, 256384, 1510  # published vocabularies; Pile-T5 has as many as T5
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias"
 ORIGINAL = [
@@ -47,8 +47,8 @@ WAN = [
 ]
 
 
-def recognise(shapes: Mapping[str, Shape], gated: bool, every: bool, others: tuple[Shape, ...]) -> str | None:
-    """The spelling; None for another kind of T5, or for one whose published embedding is one of `others`."""
+def recognise(shapes: Mapping[str, Shape], gated: bool, every: bool, others: tuple[int, ...]) -> str | None:
+    """The spelling; None for another kind of T5, or for one whose published vocabulary is one of `others`."""
     if "blocks.0.pos_embedding.embedding.weight" in shapes and "token_embedding.weight" in shapes:
         layout, embedding, is_gated, in_every = "wan", "token_embedding.weight", True, True
     else:
@@ -57,7 +57,7 @@ def recognise(shapes: Mapping[str, Shape], gated: bool, every: bool, others: tup
         in_every = f"encoder.block.1.{BIAS}.weight" in shapes
         if f"encoder.block.0.{BIAS}.weight" not in shapes or embedding not in shapes:
             return None
-    fits = is_gated == gated and in_every == every and tuple(shapes[embedding]) not in others
+    fits = is_gated == gated and in_every == every and shapes[embedding][0] not in others
     return layout if fits else None
 
 
@@ -110,7 +110,7 @@ def _part(
     folder: str,
     *,
     inside: str,
-    others: tuple[Shape, ...],
+    others: tuple[int, ...],
     tokenizer: Tokenizer,
     gated: bool = True,
     every: bool = False,
@@ -135,7 +135,7 @@ def _part(
 def xxl(title: str = "a T5-XXL text encoder", option: str = "t5xxl", folder: str = "text_encoder_2") -> Part:
     """google/t5-v1_1-xxl: Flux (text_encoder_2), SD3 and HiDream (text_encoder_3), Chroma and LTX (text_encoder)."""
     tokenizer = Tokenizer("tokenizer_t5xxl", "google/t5-v1_1-xxl")
-    return _part("t5xxl", title, option, folder, inside="t5xxl", others=(BYT5, T5_11B, PILE_XL), tokenizer=tokenizer)
+    return _part("t5xxl", title, option, folder, inside="t5xxl", others=(BYT5_WORDS,), tokenizer=tokenizer)
 
 
 def old(title: str = "an old T5-11B text encoder", option: str = "t5xxl", folder: str = "text_encoder") -> Part:
@@ -147,7 +147,7 @@ def old(title: str = "an old T5-11B text encoder", option: str = "t5xxl", folder
 def umt5(title: str = "a UMT5-XXL text encoder", option: str = "t5", folder: str = "text_encoder") -> Part:
     """google/umt5-xxl: Wan. ComfyUI's file holds its tokenizer."""
     tokenizer = Tokenizer("tokenizer", "google/umt5-xxl", inside=tokenizers.SPIECE, load=tokenizers.load_umt5)
-    return _part("t5", title, option, folder, inside="umt5xxl", others=(PILE_XL,), tokenizer=tokenizer, every=True)
+    return _part("t5", title, option, folder, inside="umt5xxl", others=(T5_WORDS,), tokenizer=tokenizer, every=True)
 
 
 def pile(title: str = "a Pile-T5-XL text encoder", option: str = "text_encoder", folder: str = "text_encoder") -> Part:
@@ -159,7 +159,7 @@ def pile(title: str = "a Pile-T5-XL text encoder", option: str = "text_encoder",
         option,
         folder,
         inside="pile_t5xl",
-        others=(UMT5_XXL,),
+        others=(UMT5_WORDS,),
         tokenizer=tokenizer,
         every=True,
     )
@@ -168,7 +168,7 @@ def pile(title: str = "a Pile-T5-XL text encoder", option: str = "text_encoder",
 def byt5(title: str = "a glyph ByT5 text encoder", option: str = "byt5", folder: str = "text_encoder_2") -> Part:
     """ByT5-small with glyph tokens: HunyuanImage 2.1 and HunyuanVideo 1.5. Its tokens are bytes: no file is needed."""
     tokenizer = Tokenizer("tokenizer_byt5", "google/byt5-small", load=tokenizers.load_byt5)
-    return _part("byt5", title, option, folder, inside="byt5_small", others=(T5_XXL, PILE_XL), tokenizer=tokenizer)
+    return _part("byt5", title, option, folder, inside="byt5_small", others=(T5_WORDS, UMT5_WORDS), tokenizer=tokenizer)
 
 
 def states(model: torch.nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
