@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.families.family import Part
+    from library.memory.loading import Loading
 
 TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -222,11 +223,18 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def load_part(
-    part: Part, path: Path | str, *, dtype: torch.dtype | None, device: Any = "cpu", config: dict | None = None
+    part: Part,
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None,
+    device: Any = "cpu",
+    config: dict | None = None,
+    loading: Loading | None = None,
 ) -> torch.nn.Module:
     """A part's model with the file's weights, in `dtype` (None = as stored), with a `.binding`.
 
     The size is read from the file. Weights that are stored in `dtype` are views of the memory map on the CPU.
+    `loading` (library.memory) decides instead how each tensor is held and where: quantised, on the host.
     Raises ConfigError once, naming all that is missing, extra or of the wrong shape.
     """
     import torch
@@ -239,9 +247,14 @@ def load_part(
     ours = shapes_of(model)
     layout = layout_of(part, layout_name, ours)
     extras = _check(part, path, layout, shapes)
+    if loading is not None:
+        loading.prepare(model, layout)
     with checkpoint.reader() as reader:
         state = {}
         for entry in layout.entries:
+            if loading is not None:
+                state.update(loading.take(entry, reader, layout.our_shape(entry)))
+                continue
             pieces = entry.split(reader.tensor(entry.theirs, dtype), layout.our_shape(entry))
             state.update((name, _place(piece, device)) for name, piece in zip(entry.ours, pieces, strict=True))
         model.load_state_dict(state, strict=True, assign=True)

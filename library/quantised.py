@@ -46,8 +46,7 @@ def dequantise(key: str, weight: Tensor, read: Callable[[str], Tensor | None], d
     second = read(f"{stem}.weight_scale_2")
     if second is not None and weight.dtype == torch.uint8:
         return nvfp4(weight, read(f"{stem}.weight_scale"), second).to(dtype)
-    scale = read(f"{stem}.scale_weight")
-    scale = read(f"{stem}.weight_scale") if scale is None else scale
+    scale = scale_of(key, read)
     if scale is None:
         return weight.to(dtype)
     scale = scale.float()
@@ -56,6 +55,13 @@ def dequantise(key: str, weight: Tensor, read: Callable[[str], Tensor | None], d
     elif scale.ndim < weight.ndim:  # one scale a row
         scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
     return (weight.float() * scale).to(dtype)
+
+
+def scale_of(key: str, read: Callable[[str], Tensor | None]) -> Tensor | None:
+    """The scale of an fp8 weight, one number or one a row, or None for a plain cast."""
+    stem = key.removesuffix(".weight")
+    scale = read(f"{stem}.scale_weight")
+    return read(f"{stem}.weight_scale") if scale is None else scale
 
 
 def nvfp4(packed: Tensor, block_scale: Tensor, tensor_scale: Tensor) -> Tensor:
