@@ -108,7 +108,7 @@ class NetworkTrainer:
             base, weights = module.create_network_from_weights(
                 multiplier, path, None, [], self.denoiser, for_inference=True
             )
-            base.merge_to([], self.denoiser, weights, None, None)
+            self.runtime.add_base(base, path, weights, self.denoiser)
         if options.dim_from_weights:
             network, _ = module.create_network_from_weights(
                 1.0, options.network_weights, None, [], self.denoiser, **arguments

@@ -60,6 +60,7 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--save_path", required=True, help="a .png file for one --prompt, or a folder")
     add("--device", default=None, help="cuda, cpu, mps; default: the best there is")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default: bfloat16, float32 on a CPU")
+    add("--fp8_scaled", action="store_true", help="hold the denoiser's blocks in fp8 with a scale for every 64 values")
     return parser
 
 
@@ -190,9 +191,13 @@ class Studio:
 
     def _load(self, part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
         from library import checkpoints
+        from library.memory.loading import Loading
+        from library.memory.precision import denoiser_recipe
 
-        path = checkpoints.path_of(part, self.arguments)
-        model = checkpoints.load_part(part, path, dtype=dtype or self.dtype, device=self.device)
+        dtype, path = dtype or self.dtype, checkpoints.path_of(part, self.arguments)
+        recipe = denoiser_recipe(self.arguments, self.family) if part is self.family.denoiser else None
+        loading = Loading(recipe, self.device, dtype)
+        model = checkpoints.load_part(part, path, dtype=dtype, device=self.device, loading=loading)
         return model.requires_grad_(False).eval()
 
     @functools.cached_property
@@ -215,7 +220,7 @@ class Studio:
     def denoiser(self) -> torch.nn.Module:
         model = self._load(self.family.denoiser)
         model.binding.adapted = self.family.adapted
-        _merge(model, self.arguments)
+        _add_networks(model, self.arguments, self.device, self.dtype)
         return model
 
     def drop_encoders(self) -> None:
@@ -249,10 +254,11 @@ class Studio:
         return sample.decode(family, self.vae, latents)
 
 
-def _merge(denoiser: Any, arguments: argparse.Namespace) -> None:
+def _add_networks(denoiser: Any, arguments: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
+    from library.memory.base_networks import add_network
     from networks import lora
 
     strengths = [*arguments.lora_multiplier, *[1.0] * len(arguments.lora_weight)]
     for path, strength in zip(arguments.lora_weight, strengths, strict=False):
         network, weights = lora.create_network_from_weights(strength, path, None, [], denoiser, for_inference=True)
-        network.merge_to([], denoiser, weights)
+        add_network(network, path, weights, denoiser, device, dtype)

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from library.errors import ConfigError, nearest
+from library.memory.precision import DENOISER, TEXT_KINDS
 from library.option_kinds import parse_pairs
 
 if TYPE_CHECKING:
@@ -83,6 +85,10 @@ def _captions_from_options(o: Options) -> bool:
     return bool(o.dataset_config or o.shuffle_caption or o.token_warmup_step or o.caption_tag_dropout_rate)
 
 
+def _has_encoder(o: Options, kind: str) -> bool:
+    return any(part.precision_options == kind for part in o.family.text_encoders)
+
+
 RULES: tuple[Rule, ...] = (
     # flow matching
     _rule("sigmoid_scale", lambda o: o.timestep_sampling in ("sigmoid", "shift", "flux_shift"),
@@ -111,6 +117,11 @@ RULES: tuple[Rule, ...] = (
     _rule("network_dim network_alpha", lambda o: not o.dim_from_weights, "with --dim_from_weights"),
     _rule("dim_from_weights", lambda o: o.network_weights, "without --network_weights"),
     _rule("base_weights_multiplier", lambda o: o.base_weights, "without --base_weights"),
+    # memory
+    _rule("fp8_base", lambda o: not o.fp8_scaled, "with --fp8_scaled"),
+    _rule("fp8_format", lambda o: o.fp8_scaled or o.fp8_base, "without --fp8_scaled or --fp8_base"),
+    *(_rule(f"fp8_{kind} nf4_{kind}", partial(_has_encoder, kind=kind), f"here: this model has no {title}")
+      for kind, title in TEXT_KINDS.items()),
     # learning rate
     _rule("lr_scheduler lr_scheduler_args lr_scheduler_type " + " ".join(sorted(SCHEDULER_OPTIONS)),
           lambda o: not is_schedule_free(o.optimizer_type),
@@ -162,6 +173,7 @@ def check_read(options: Options) -> None:
     _check_optimizer(options)
     _check_saving(options)
     _check_run(options)
+    _check_memory(options)
 
 
 def _shown(options: Options, name: str) -> str:
@@ -237,6 +249,20 @@ def _check_run(options: Options) -> None:
             f"--base_weights_multiplier has {len(options.base_weights_multiplier)} values for "
             f"{len(options.base_weights)} --base_weights"
         )
+
+
+def _check_memory(options: Options) -> None:
+    held = [name for name in DENOISER if getattr(options, name)]
+    if held and not options.network_module:
+        raise ConfigError(
+            f"--{held[0]} does not go with a full fine-tune: quantised weights cannot take its small updates; "
+            "train a network (--network_module), or remove it"
+        )
+    if options.nf4 and len(held) > 1:
+        raise ConfigError(f"--nf4 and --{held[0]} are two ways to hold the same weights; remove one of them")
+    for kind in TEXT_KINDS:
+        if getattr(options, f"fp8_{kind}") and getattr(options, f"nf4_{kind}"):
+            raise ConfigError(f"--fp8_{kind} and --nf4_{kind} are two ways to hold the same weights; remove one")
 
 
 def _warn(text: str) -> None:

@@ -195,6 +195,22 @@ PRECISION = _group(
     Opt("full_fp16", "flag", False, "trained weights and gradients in fp16"),
     Opt("full_bf16", "flag", False, "trained weights and gradients in bf16"),
     Opt("gradient_checkpointing", "flag", False, "recompute blocks in the backward pass"),
+    Opt("fp8_scaled", "flag", False, "hold the denoiser's blocks in fp8 with a scale for every 64 values; LoRA only"),
+    Opt(
+        "fp8_base",
+        "flag",
+        False,
+        "hold the denoiser's blocks in fp8, plainly cast; LoRA only",
+        aliases=("fp8_base_unet",),
+    ),
+    Opt("fp8_format", "str", "e4m3", "which fp8", choices=("e4m3", "e5m2")),
+    Opt("nf4", "flag", False, "hold the denoiser's blocks in 4-bit normal floats (bitsandbytes); LoRA only"),
+    Opt("fp8_vl", "flag", False, "hold a vision-language text encoder in scaled fp8"),
+    Opt("fp8_t5", "flag", False, "hold a T5 text encoder in scaled fp8"),
+    Opt("fp8_llm", "flag", False, "hold a language model that encodes text in scaled fp8"),
+    Opt("nf4_vl", "flag", False, "hold a vision-language text encoder in 4-bit normal floats"),
+    Opt("nf4_t5", "flag", False, "hold a T5 text encoder in 4-bit normal floats"),
+    Opt("nf4_llm", "flag", False, "hold a language model that encodes text in 4-bit normal floats"),
 )
 
 LOGGING = _group(

@@ -41,7 +41,7 @@ NOT_OFFERED: dict[str, str] = {
     **_all("v_pred_like_loss debiased_estimation_loss", _DDPM),
     **_all("training_shift", "use --timestep_sampling sigma with --discrete_flow_shift"),
     **_all("mem_eff_attn xformers sdpa", _SDPA),
-    **_all("fp8_base fp8_base_unet fp8_scaled fp8_vl blocks_to_swap cpu_offload_checkpointing", _NOT_YET),
+    **_all("blocks_to_swap cpu_offload_checkpointing", _NOT_YET),
     **_all("lowram highvram torch_compile dynamo_backend attn_mode split_attn vae_chunk_size", _NOT_YET),
     **_all("unsloth_offload_checkpointing text_encoder_cpu split_mode", _NOT_YET),
     **_all("ddp_gradient_as_bucket_view ddp_static_graph", "no DistributedDataParallel is used"),

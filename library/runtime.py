@@ -18,6 +18,9 @@ from library.checkpointing import checkpoint_blocks
 from library.components.tokenizers import load_tokenizers
 from library.data.dataset import item_seed
 from library.errors import ConfigError
+from library.memory.base_networks import add_network
+from library.memory.loading import Loading
+from library.memory.precision import denoiser_recipe, text_recipe
 
 if TYPE_CHECKING:
     from library.batches import Draws
@@ -89,8 +92,15 @@ class Runtime:
         return self._vae
 
     def _load(self, part: Part, dtype: torch.dtype) -> torch.nn.Module:
+        loading = Loading(text_recipe(self.options, part), self.device, dtype)
+        return self._load_part(part, dtype, loading).requires_grad_(False).eval()
+
+    def _load_part(self, part: Part, dtype: torch.dtype, loading: Loading) -> torch.nn.Module:
         path = checkpoints.path_of(part, self.options)
-        return checkpoints.load_part(part, path, dtype=dtype, device=self.device).requires_grad_(False).eval()
+        model = checkpoints.load_part(part, path, dtype=dtype, device=self.device, loading=loading)
+        if loading.recipe and self.is_main:
+            print(f"{part.name}: {loading.summary()}", flush=True)
+        return model
 
     @property
     def encoder_dtype(self) -> torch.dtype:
@@ -127,10 +137,15 @@ class Runtime:
         full = not options.network_module and not (options.full_bf16 or options.full_fp16)
         part = self.family.denoiser
         dtype = torch.float32 if full else self.dtype
-        path = checkpoints.path_of(part, options)
-        model = checkpoints.load_part(part, path, dtype=dtype, device=self.device)
+        loading = Loading(denoiser_recipe(options, self.family), self.device, dtype)
+        model = self._load_part(part, dtype, loading)
         model.binding.adapted = self.family.adapted
         return model
+
+    def add_base(self, network: Any, path: str, weights: Any, denoiser: torch.nn.Module) -> None:
+        """One of --base_weights: merged, or kept attached where the denoiser is quantised."""
+        if add_network(network, path, weights, denoiser, self.device, self.dtype) and self.is_main:
+            print(f"{path}: attached, because quantised weights cannot take a merge", flush=True)
 
     def prepare_denoiser(self, model: torch.nn.Module, *, trained: bool) -> None:
         model.requires_grad_(trained)

@@ -26,6 +26,7 @@ from library.data.dataset import item_rng
 from library.data.images import to_tensor
 from library.errors import ConfigError, DatasetError
 from library.families.family import ItemInput, Text
+from library.memory.precision import text_recipe
 
 if TYPE_CHECKING:
     from library.data.dataset import Dataset, Item
@@ -359,6 +360,7 @@ def _text_identities(requests: Iterable[Request], family: Family, options: Any, 
     files = [path_of(part, options) for part in family.text_encoders]
     files += [path for path, _ in tokenizer_paths(family, options)]
     recipe = f" {family.recipe}" if family.recipe else ""
+    recipe += "".join(f" {part.name} {held}" for part in family.text_encoders if (held := text_recipe(options, part)))
     made_by = f"text {RECIPE} {family.name}{recipe} {' '.join(hashes.of_tree(Path(path)) for path in files)}"
     seen = {file: hashes.of(Path(file)) for file in {file for request in requests for file in request.files}}
     hashes.write()

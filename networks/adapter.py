@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from library.errors import ConfigError
 from library.layout import Entry, Layout
+from library.memory.quantised_linear import is_quantised
 from networks.names import Names, Space, modules_of, spaces_of
 
 
@@ -214,10 +215,9 @@ class Adapter(nn.Module):
         parts = self.entry.split(self.delta().reshape(self.entry.shape), self.our_shape)
         for module, part in zip(self.bases, parts, strict=True):
             weight = module.weight
-            if weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
-                raise ConfigError(
-                    f"{self.name}: a weight of {weight.dtype} cannot take a merge; load the base unquantised"
-                )
+            if is_quantised(module) or weight.is_meta or not weight.is_floating_point() or weight.element_size() < 2:
+                held = "a quantised weight" if is_quantised(module) else f"a weight of {weight.dtype}"
+                raise ConfigError(f"{self.name}: {held} cannot take a merge; load the base unquantised")
             change = part.reshape(weight.shape).to(weight.device, torch.float32)
             module.weight.data = (weight.float() + multiplier * change).to(dtype or weight.dtype)
 
@@ -374,7 +374,8 @@ class AdapterNetwork(nn.Module):
         return int((ratios < 1).sum()), float(after.mean()), float(after.max())
 
     def is_mergeable(self) -> bool:
-        return True
+        """Whether the weights that it adapts can take it; quantised ones cannot."""
+        return not any(is_quantised(module) for adapter in self.adapters.values() for module in adapter.bases)
 
     def merge(self, multiplier: float | None = None, dtype: torch.dtype | None = None) -> None:
         for adapter in self.adapters.values():

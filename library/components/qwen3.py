@@ -54,4 +54,5 @@ def part(title: str, hub: str, option: str = "text_encoder") -> Part:
         diffusers_folder="text_encoder",
         finish=finish,
         tokenizer=Tokenizer("tokenizer", hub),
+        precision_options="llm",
     )

@@ -89,6 +89,8 @@ class Part:
     finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
     tokenizer: Tokenizer | None = None  # of a text encoder
     kohya: str = ""  # the layout whose names sd-scripts' LoRA files have, if it is not the first one
+    high_precision: tuple[str, ...] = ()  # parts of ORIGINAL names of Linear weights that quantisation leaves alone
+    precision_options: str = ""  # of a text encoder, "vl", "t5" or "llm": --fp8_<this> and --nf4_<this> quantise it
 
     def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""

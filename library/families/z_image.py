@@ -104,6 +104,8 @@ DENOISER = Part(
     prefixes=("", "model.diffusion_model.", "diffusion_model."),
     carried=("norm_final.weight",),
     diffusers_folder="transformer",
+    # 2 % of the weights; with them in fp8 the output errs a fifth more (docs/memory.md).
+    high_precision=("adaLN_modulation",),
 )
 
 

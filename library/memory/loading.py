@@ -72,7 +72,7 @@ class Loading:
     def _quantise(self, name: str, weight: Tensor) -> None:
         module = self.modules[name]
         module.quantise(weight.to(self.device), self.recipe.scheme, self.recipe.fp8_format)
-        module.to(self.place(name))
+        module.move(self.place(name))
 
     def _take_codes(self, entry: Entry, reader: Reader, our_shape: tuple[int, ...]) -> bool:
         """Codes that the file holds in fp8 stay as they are: quantising anew what was rounded once adds an error."""
@@ -87,7 +87,7 @@ class Loading:
             module = self.modules[name]
             assert isinstance(module, Fp8Linear)
             module.take(piece, one)
-            module.to(self.place(name))
+            module.move(self.place(name))
             self.as_stored += 1
         return True
 
@@ -96,4 +96,6 @@ class Loading:
         count = sum(m.in_features * m.out_features for m in self.modules.values())
         held = sum(t.numel() * t.element_size() for m in self.modules.values() for t in m.stored())
         kept = f", {self.as_stored} of them as the file holds them" if self.as_stored else ""
-        return f"{len(self.modules)} weights in {self.recipe}{kept}: {count / 1e6:,.1f} M values in {held / 1e6:,.1f} MB"
+        return (
+            f"{len(self.modules)} weights in {self.recipe}{kept}: {count / 1e6:,.1f} M values in {held / 1e6:,.1f} MB"
+        )

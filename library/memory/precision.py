@@ -9,7 +9,11 @@ if TYPE_CHECKING:
     from library.families.family import Family, Part
 
 DENOISER = ("fp8_scaled", "fp8_base", "nf4")  # options, the stronger first; each is also the name of a scheme
-TEXT_KINDS = ("vl", "t5", "llm")  # what `Part.precision_options` may say; "" = this encoder is never quantised
+TEXT_KINDS = {  # what `Part.precision_options` may say, "" = never quantised; and what such a text encoder is
+    "vl": "vision-language text encoder",
+    "t5": "T5 text encoder",
+    "llm": "language model that encodes text",
+}
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,16 @@ class QuantisedLinear(nn.Linear):
             return _Frozen.apply(x, bias, self.dequantise, *self.stored())
         return F.linear(x, self.dequantised(dtype), bias)
 
+    def move(self, device: torch.device) -> None:
+        """The stored tensors to a device; the bias goes with the state dict."""
+        for name in self.parts:
+            self._buffers[name] = self._buffers[name].to(device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Moves follow, conversions do not: the codes are no numbers that could be rounded."""
-        for name in self.parts:
-            held = self._buffers[name]
-            device = fn(held.new_empty(0, dtype=torch.float32)).device
-            self._buffers[name] = held.to(device)
+        self.move(fn(torch.empty(0, device=self._buffers[self.parts[0]].device)).device)
         if self.bias is not None:
-            with torch.no_grad():
-                self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
+            self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         return self
 
 
@@ -84,8 +85,9 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        weight = ctx.dequantise(ctx.saved_tensors, grad.dtype)
-        return (grad.flatten(0, -2) @ weight).view(*grad.shape[:-1], -1), *[None] * (2 + len(ctx.saved_tensors))
+        stored = ctx.saved_tensors
+        gradient = grad.flatten(0, -2) @ ctx.dequantise(stored, grad.dtype)
+        return gradient.view(*grad.shape[:-1], -1), None, None, *[None] * len(stored)
 
 
 class Fp8Linear(QuantisedLinear):
