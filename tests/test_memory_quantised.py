@@ -260,6 +260,16 @@ def test_conversions_do_not_touch_the_codes_and_a_merge_is_refused_by_name(file)
         network.merge()
     with pytest.raises(KeyError):
         module.weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="cannot be written"):
+        module.weight.mul_(2)
+
+
+def test_the_size_and_dtype_of_a_weight_are_read_without_making_it(monkeypatch):
+    module, calls = made(torch.randn(8, 64), "fp8_scaled", dtype=torch.bfloat16), []
+    monkeypatch.setattr(Fp8Linear, "dequantise", lambda *a: calls.append(1) or torch.ones(8, 64, dtype=torch.bfloat16))
+    assert module.weight.shape == (8, 64) and module.weight.dtype == torch.bfloat16 and not calls
+    assert isinstance(module.weight, torch.Tensor) and module.weight.device.type == "cpu" and not calls
+    assert float(module.weight.float().sum()) == 512 and calls
 
 
 def test_a_finished_network_on_a_quantised_base_is_attached_and_acts_as_merged(file, tmp_path):

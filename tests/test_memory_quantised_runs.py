@@ -1,16 +1,21 @@
 """Quantised weights in whole runs: the options, what they refuse, text encoders and their caches, sampling scripts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from memory_support import FAMILY, load, toy_file
-from oracles import relative
+from oracles import golden, relative, weights_of
 from PIL import Image
 from safetensors.torch import load_file
 from training_support import arguments, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
-from library import inference, options
+from library import checkpoints, inference, options
+from library.components import t5
 from library.errors import ConfigError
+from library.memory.loading import Loading
+from library.memory.precision import text_recipe
 from library.memory.quantised_linear import is_quantised
 from library.option_checks import check_read
 
@@ -97,6 +102,17 @@ def test_a_text_encoder_is_held_in_fewer_bits(toy, pictures, option, bound):  # 
     count = sum(is_quantised(m) for m in held.modules())
     assert count == sum(isinstance(m, torch.nn.Linear) for m in plain.modules()) > 10
     assert 1e-4 < relative(found, expected) < bound
+
+
+def test_a_scaled_t5_file_is_used_as_it_is_and_gives_the_states_of_an_independent_implementation(tmp_path):
+    tensors, part = golden("te_fp8_conventions"), t5.xxl()
+    recipe = text_recipe(SimpleNamespace(fp8_t5=True), part)
+    path = toy_file(tmp_path, {k: v.contiguous() for k, v in weights_of(tensors, "old/").items()})
+    loading = Loading(recipe, "cpu", torch.float32)
+    model = checkpoints.load_part(part, path, dtype=torch.float32, loading=loading)
+    assert loading.as_stored == len(loading.modules) > 5 and is_quantised(model.block[0].layer[1].DenseReluDense.wo)
+    with torch.no_grad():
+        assert relative(t5.states(model, tensors["input_ids"]), tensors["out_old"]) < 1e-4
 
 
 def test_caches_of_other_precision_are_not_taken(toy, pictures, tmp_path, capsys):  # noqa: F811

@@ -66,4 +66,5 @@ def part(title: str = "a Gemma 2 text encoder", option: str = "text_encoder") ->
             inside=tokenizers.SPIECE,
             load=tokenizers.load_gemma,
         ),
+        precision_options="llm",
     )

@@ -63,6 +63,7 @@ def _part(name: str, title: str, option: str, folder: str, inside: str, rope: st
         diffusers_folder=folder,
         finish=finish,
         tokenizer=tokenizer,
+        precision_options="llm",
     )
 
 

@@ -63,4 +63,5 @@ def part(title: str = "a Mistral Small text encoder", option: str = "text_encode
             inside=tokenizers.TEKKEN,
             load=tokenizers.load_mistral,
         ),
+        precision_options="llm",
     )

@@ -118,6 +118,8 @@ def part(
         diffusers_folder="text_encoder",
         finish=finish,
         tokenizer=Tokenizer("tokenizer", hub),
+        precision_options="vl",
+        high_precision=("visual.",),  # a tenth of the weights, and every control picture goes through them
     )
 
 

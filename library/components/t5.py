@@ -129,6 +129,7 @@ def _part(
         carried=("encoder.embed_tokens.weight", tokenizers.SPIECE, "decoder.", "lm_head.weight"),
         diffusers_folder=folder,
         tokenizer=replace(tokenizer, beside=beside),
+        precision_options="t5",
     )
 
 

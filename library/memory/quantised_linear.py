@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from library.errors import ConfigError
 
@@ -34,8 +35,8 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], dequantised, a fresh tensor each time: changing it changes nothing."""
-        return self.dequantised(self.dtype)
+        """[out, in], dequantised where it is computed with; its size, dtype and device cost nothing to read."""
+        return _Weight(self)
 
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that hold the weight; never written to the state dict."""
@@ -72,6 +73,28 @@ class QuantisedLinear(nn.Linear):
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         return self
+
+
+class _Weight(Tensor):
+    """Stands for a dequantised weight: transformers' T5 asks for its dtype in every forward. It cannot be written."""
+
+    @staticmethod
+    def __new__(cls, module: QuantisedLinear) -> Tensor:
+        size, device = (module.out_features, module.in_features), module.stored()[0].device
+        return Tensor._make_wrapper_subclass(cls, size, dtype=module.dtype, device=device)
+
+    def __init__(self, module: QuantisedLinear) -> None:
+        self.module = module
+
+    def whole(self) -> Tensor:
+        return self.module.dequantised(self.module.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError("a quantised weight cannot be written; load the base unquantised")
+        args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class _Frozen(torch.autograd.Function):
