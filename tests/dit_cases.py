@@ -29,7 +29,13 @@ class Golden:
     prefix: str = ""
     times: Callable[[Any], Any] = lambda sigma: sigma * 1000  # what the time embedding embeds
     ragged: tuple[str, ...] = ("text",)  # conditions that have one row per token
+    dead: tuple[str, ...] = ()  # parameters that have no influence: the text's side after the last block
+    guidance: bool = False  # the items' guidance is embedded too, times 1000
     tolerance: float = 1e-4
+
+    @property
+    def has_lora(self) -> bool:
+        return f"case.{self.cases[0]}.out_lora" in golden(self.file)
 
     @property
     def module(self) -> Any:
@@ -97,6 +103,22 @@ def hidream(case: str, inputs: dict) -> list[dict]:
     return [{ours: inputs[theirs][k] for theirs, ours in names.items()} for k in range(len(inputs["x"]))]
 
 
+def hunyuan_video(case: str, inputs: dict) -> list[dict]:
+    names = {"context": "text", "y": "pooled", "guidance": "guidance"}
+    return [{ours: inputs[theirs][k] for theirs, ours in names.items()} for k in range(len(inputs["x"]))]
+
+
+def hunyuan_video_15(case: str, inputs: dict) -> list[dict]:
+    """What the case's name says: with or without byt5 and image features."""
+    names = {"context": "text"}
+    if case in ("out_t2v", "out_i2v"):
+        names["byt5"] = "byt5"
+    if case.startswith("out_i2v"):
+        names["vision"] = "clip"
+    conds = [{ours: inputs[theirs][k] for theirs, ours in names.items()} for k in range(len(inputs["x"]))]
+    return [cond | {"image_latents": x[32:]} for cond, x in zip(conds, inputs["x"], strict=True)]
+
+
 def picture(case: str, inputs: dict) -> Any:
     """One frame: a batch of pictures, as the families of pictures get it."""
     return inputs["x"][:, :, 0]
@@ -118,6 +140,14 @@ def wan_5b(case: str, inputs: dict) -> list[dict]:
 
 HEADS2 = {"num_attention_heads": "2"}
 GOLDENS = (
+    Golden(
+        "hunyuan_video_t2v", "hunyuan_video", hunyuan_video, sigma=per_mille, cases=("out",), guidance=True,
+    ),
+    Golden(
+        "hunyuan_video15", "hunyuan_video_15", hunyuan_video_15, lambda c, i: i["x"][:, :32], per_mille,
+        ("out_t2v_textonly", "out_t2v", "out_i2v_nobyt5", "out_i2v"),
+        dead=("transformer_blocks.1.attn.to_add_out.", "transformer_blocks.1.ff_context."),
+    ),
     Golden(
         "hidream", "hidream", hidream, sigma=per_mille, cases=("square", "tokens", "nonsquare_4d"), metadata=HEADS2,
         ragged=(),

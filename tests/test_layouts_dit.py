@@ -23,7 +23,8 @@ FILES = {  # key list -> family
     "wan": "wan", "wan_t2v_14b": "wan", "wan_i2v_14b": "wan", "wan22_ti2v_5b": "wan", "wan22_a14b_t2v": "wan",
     "wan22_a14b_i2v": "wan", "lumina_2": "lumina_2",
     "omnigen2": "omnigen2", "cosmos_predict2": "cosmos_predict2", "cosmos_predict2_14b": "cosmos_predict2",
-    "anima": "anima", "auraflow": "auraflow", "hidream": "hidream",
+    "anima": "anima", "auraflow": "auraflow", "hidream": "hidream", "hunyuan_video": "hunyuan_video",
+    "hunyuan_video_15": "hunyuan_video_15", "hunyuan_video_15_i2v": "hunyuan_video_15",
 }  # fmt: skip
 
 VARIANTS = {
@@ -77,6 +78,15 @@ def test_every_adapter_name_that_is_saved_is_one_that_comfyui_takes(name, form):
     assert {accepted[stem] for stem in stems} == {f"diffusion_model.{n}.weight" for n in chosen}
 
 
+@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video_15", "hunyuan_video_15_i2v"])
+def test_comfyuis_own_names_are_those_that_it_gives_tencents_file(name):
+    shapes, layout_name, _, layout = full_size(name)
+    renamed = read_json(f"layouts/{name}")["comfy_module_names"]
+    comfy = Layout("comfy", checkpoints.rows_of(module_of(name).DENOISER, "comfy", layout.shapes), layout.shapes)
+    assert layout_name == "original" and len(renamed) > 100
+    assert comfy.their_shapes == {renamed.get(key, key): shape for key, shape in shapes.items()}
+
+
 def tagged(shapes):
     """Tensors whose values say where they came from; only the rows matter, so other dimensions are cut to one."""
     start, out = 0, {}
@@ -91,6 +101,7 @@ CONVERTERS = {
     "wan_i2v_14b": "convert_wan_transformer_to_diffusers",
     "wan22_ti2v_5b": "convert_wan_transformer_to_diffusers",
     "lumina_2": "convert_lumina2_to_diffusers",
+    "hunyuan_video": "convert_hunyuan_video_transformer_to_diffusers",
     "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
     "cosmos_predict2": "convert_cosmos_transformer_checkpoint_to_diffusers",
 }
