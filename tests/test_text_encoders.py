@@ -455,3 +455,36 @@ def test_pictures_are_prepared_as_the_published_preprocessors_prepare_them(size,
         prepared = vision.prepare(model, image[None], crop=crop, clip_colours=name == "te_vision_clip_h")
         assert prepared.shape == expected.shape == (1, 3, 28, 28)
         assert float((prepared - expected).abs().max()) < 0.035  # two steps of 256
+
+
+QUANTISED = {  # golden file -> part, what its header states
+    "te_clip_g": (clip.big(), None),
+    "te_umt5xxl_kijai_names": (t5.umt5(), {}),
+    "te_qwen25vl": (qwen25_vl.part(), QWEN),
+    "te_vision_siglip": (vision.siglip(), {"num_attention_heads": "4"}),
+    **{name: (part, stated) for name, (part, stated, _) in DECODERS.items()},
+}
+
+
+@pytest.mark.parametrize("companion", ["scale_weight", "weight_scale", ""])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_every_encoder_is_dequantised_when_it_is_read(name, companion, tmp_path):
+    part, stated = QUANTISED[name]
+    weights = open_clip(clip_weights(name)) if name == "te_clip_g" else weights_of(golden(name), "weights/")
+    weights |= tower() if name == "te_qwen25vl" else {}
+    stored, expected = {}, {}
+    for key, value in weights.items():
+        stored[key] = expected[key] = value
+        if key.endswith(".weight") and value.ndim > 1:
+            scale = value.abs().max() / 448 if companion else torch.tensor(1.0)
+            stored[key] = (value / scale).to(torch.float8_e4m3fn)
+            expected[key] = stored[key].float() * scale
+            if companion:
+                stored[f"{key.removesuffix('weight')}{companion}"] = scale.clone()
+                stored[f"{key.removesuffix('weight')}input_scale"] = torch.ones(())
+    if companion == "scale_weight":
+        stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    model = load(part, stored, tmp_path, torch.float32, **(heads(name) if stated is None else stated))
+    theirs = model.binding.layout.to_theirs(model.state_dict())
+    assert theirs.keys() == {key for key in weights if key != "logit_scale"}
+    assert all(torch.equal(theirs[key], expected[key]) for key in theirs)

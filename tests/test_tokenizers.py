@@ -186,6 +186,54 @@ def test_clips_ids_are_those_of_the_published_vocabulary():
     ]
 
 
+@real
+@pytest.mark.parametrize("name", ["qwen25", "qwen3"])
+def test_qwens_special_tokens_are_single_ids_and_words_are_those_of_the_published_vocabulary(name):
+    tokenizer = tokenizers.load_tokenizer(str(REAL / name))
+    prompt = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a cat<|im_end|>\n<|im_start|>assistant\n"
+    ids = [151644, 872, 198, 151652, 151655, 151653, 64, 8251, 151645, 198, 151644, 77091, 198]
+    assert tokenizer(prompt)["input_ids"] == ids
+    assert tokenizer("<think>\n\n</think>\n\n")["input_ids"] == [151667, 271, 151668, 271]
+
+
+@real
+def test_auraflows_folder_gives_sentencepieces_ids_and_an_end_token():
+    import sentencepiece
+
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(REAL / "auraflow" / "tokenizer.model"))
+    tokenizer = tokenizers.load_tokenizer(str(REAL / "auraflow"))
+    for text in ("a red fox, 3 cats", "Größe {x}\n日本 ok", "", "😀 two\n\nlines", "a  b"):
+        assert tokenizer(text)["input_ids"] == [*oracle.encode(text), 2], text
+
+
+def test_a_caption_that_is_too_long_loses_its_end_and_neither_template_nor_end_token():
+    tokenizer = tokenizers.load_byt5("google/byt5-small")
+    ids, cut = tokenizers.ended(tokenizer, "abcdef", 5)
+    assert (tokenizer.decode(ids), cut) == ("abcd</s>", "ef") and len(ids) == 5
+    assert tokenizers.ended(tokenizer, "abcd", 5) == (tokenizer("abcd")["input_ids"], "")
+    assert tokenizers.ended(tokenizer, "", 5) == ([1], "")
+    ids, cut = tokenizers.wrapped(tokenizer, "abcdef", 7, ("<<", ">"))
+    assert (tokenizer.decode(ids), cut) == ("<<abcd>", "ef")
+    assert tokenizers.wrapped(tokenizer, "abc", 7, ("<<", ">"))[1] == ""
+
+
+@real
+def test_clips_caption_is_cut_between_its_start_and_end_token():
+    tokenizer = tokenizers.load_tokenizer(str(REAL / "clip"))
+    ids, cut = tokenizers.ended(tokenizer, "a photo of a cat", 5)
+    assert ids == [49406, 320, 1125, 539, 49407] and cut.strip() == "a cat"
+
+
+def test_a_sentencepiece_tokenizer_cuts_as_transformers_do(tmp_path):
+    (tmp_path / "m.model").write_bytes(sentencepiece_model("umt5"))
+    tokenizer = tokenizers.load_umt5(str(tmp_path / "m.model"))
+    whole = tokenizer(TEXTS[0])["input_ids"]
+    cut = tokenizer(TEXTS[0], truncation=True, max_length=6)["input_ids"]
+    assert cut == [*whole[:5], 1] and len(whole) > 6
+    assert tokenizer(TEXTS[0], truncation=True, max_length=600)["input_ids"] == whole
+    assert tokenizers.ended(tokenizer, TEXTS[0], 6)[0] == cut
+
+
 def test_a_weight_file_without_a_tokenizer_is_one_sentence(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "te.safetensors")
     with pytest.raises(ConfigError, match="te.safetensors holds no tokenizer"):

@@ -107,9 +107,12 @@ class SentencePiece:
     def __len__(self) -> int:
         return self.model.vocab_size()
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = self.model.encode(text)
-        return {"input_ids": [*self.begin, *ids, *self.end] if add_special_tokens else ids}
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, truncation: bool = False, max_length: int | None = None
+    ) -> dict[str, list[int]]:
+        begin, end = (self.begin, self.end) if add_special_tokens else ([], [])
+        room = max_length - len(begin) - len(end) if truncation and max_length else None
+        return {"input_ids": [*begin, *self.model.encode(text)[:room], *end]}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids))
@@ -158,6 +161,28 @@ def held(path: str, key: str) -> bytes:
         raise ConfigError(f"{path} holds no tokenizer ({key}); give the folder of one")
     with safe_open(path, framework="np") as file:
         return file.get_tensor(names[0]).tobytes()
+
+
+def wrapped(tokenizer: Any, caption: str, length: int, template: tuple[str, str]) -> tuple[list[int], str]:
+    """(ids of the caption between the two halves of a template, at most `length`; the end of it that did not fit).
+
+    The template is never cut; the tokenizer's own first and last tokens are not added.
+    """
+    before, ids, after = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (template[0], caption, template[1])
+    )
+    room = length - len(before) - len(after)
+    return [*before, *ids[:room], *after], tokenizer.decode(ids[room:]) if len(ids) > room else ""
+
+
+def ended(tokenizer: Any, caption: str, length: int) -> tuple[list[int], str]:
+    """(ids of the caption with the tokenizer's own first and last tokens, at most `length`; what did not fit)."""
+    whole, bare = (tokenizer(caption, add_special_tokens=special)["input_ids"] for special in (True, False))
+    room = length - (len(whole) - len(bare))
+    if len(bare) <= room:
+        return whole, ""
+    first = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+    return [*whole[:first], *bare[:room], *whole[first + len(bare) :]], tokenizer.decode(bare[room:])
 
 
 def padded(ids: Sequence[int], length: int, token: int, left: bool = False) -> tuple[list[int], list[int]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.components import qwen3, vae_ldm
+from library.components import decoder, qwen3, vae_ldm
+from library.components.tokenizers import wrapped
 from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, block, row
 
@@ -112,11 +113,7 @@ DENOISER = Part(
 def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
     """Ids of the prompt, at most MAX_TOKENS, and the end of the caption that did not fit. The template is never cut."""
     (tokenizer,) = tokenizers
-    before, ids, after = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TEMPLATE[0], caption, TEMPLATE[1])
-    )
-    room = MAX_TOKENS - len(before) - len(after)
-    return [*before, *ids[:room], *after], tokenizer.decode(ids[room:]) if len(ids) > room else ""
+    return wrapped(tokenizer, caption, MAX_TOKENS, TEMPLATE)
 
 
 def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
@@ -124,8 +121,7 @@ def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, d
     import torch
 
     ids, _ = tokenize(tokenizers, text.caption)
-    out = encoders[0](input_ids=torch.tensor([ids], device=device), output_hidden_states=True, use_cache=False)
-    return {"text": out.hidden_states[-2][0]}
+    return {"text": decoder.states(encoders[0], torch.tensor([ids], device=device), -2)[0]}
 
 
 def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond]) -> Tensor:
