@@ -259,6 +259,42 @@ def test_a_vae_of_another_family_is_named_in_the_error(tmp_path):
         checkpoints.load_part(PARTS["flux2", ""], tmp_path / "x.safetensors", dtype=torch.float32)
 
 
+# ---------------------------------------------------------------- toys
+
+
+TOYS = {  # toy -> its part, channels and size of the latents of pictures of 64 x 64 pixels
+    "flux2": (("flux2", ""), (128, 4, 4)),
+    "wan21": (("wan", "2.1"), (16, 8, 8)),
+    "wan22": (("wan", "2.2"), (48, 4, 4)),
+    "hunyuan_video": (("hunyuan_video", ""), (16, 8, 8)),
+    "hunyuan_video_15": (("hunyuan_video_15", ""), (32, 4, 4)),
+    "ltx_video": (("ltx_video", "0.9.1"), (128, 2, 2)),
+    "cosmos": (("cosmos", ""), (16, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_toy_file_of_each_kind_is_read_encodes_and_decodes(name, dtype, tmp_path):
+    if name == "cosmos" and dtype == torch.bfloat16:
+        pytest.skip("torch has no average pooling of bfloat16 on the CPU")
+    from tools import toy_vaes
+    from tools.make_toy_model import part_shapes, weights
+
+    family, shape = TOYS[name]
+    part, (configuration, stated) = PARTS[family], getattr(toy_vaes, name)()
+    state = weights(part_shapes(part, configuration), 0)
+    case = next(case for case in CASES.values() if case.family == family)
+    model, pixels = load(part, state, tmp_path, dtype, **stated), torch.rand(1, 3, 64, 64) * 2 - 1
+    latents = case.encode(model, pixels)
+    assert latents.shape[1:] == shape and latents.dtype == torch.float32 and latents.isfinite().all()
+    decoded = case.decode(model, latents)
+    assert decoded.shape == pixels.shape and decoded.dtype == torch.float32 and decoded.isfinite().all()
+    if dtype == torch.bfloat16:
+        assert relative(latents, case.encode(load(part, state, tmp_path, torch.float32, **stated), pixels)) < 0.1
+
+
 # ---------------------------------------------------------------- spellings, with weights
 
 
@@ -277,6 +313,12 @@ def test_tencents_single_frame_convolutions_are_read_and_written_as_they_were(tm
     checkpoints.save_part(model, tmp_path / "saved.safetensors", {})
     with Checkpoint.open(tmp_path / "saved.safetensors").reader() as reader:
         assert all(torch.equal(reader.raw(key), value) for key, value in theirs.items())
+
+
+def test_what_training_left_in_a_file_of_sd_is_kept(tmp_path):
+    case, left = CASES["sd"], {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.ones(())}
+    model = model_of(case, tmp_path, weights_of(tensors_of(case), "weights/") | left)
+    assert set(model.binding.extras) == set(left)
 
 
 @torch.no_grad()
@@ -303,15 +345,24 @@ def test_a_diffusers_folder_of_before_2023_is_what_diffusers_makes_of_it(tmp_pat
     assert relative(case.encode(model, tensors["inputs/pixels"]), tensors["outputs/latent"] * 0.13025) < SAME
 
 
-def test_published_statistics_are_those_of_diffusers():
-    """Of Wan 2.2 there is no copy in diffusers' library; its table is held against the pipelines' by its length."""
+def test_wan_and_qwen_image_are_one_model_with_one_table_of_statistics():
+    """diffusers has a class for each. Of Wan 2.2's table it has no copy: only its lengths can be compared."""
     from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
-    for kind in (AutoencoderKLWan, AutoencoderKLQwenImage):
-        with torch.device("meta"):
-            config = kind().config
-        assert (tuple(config.latents_mean), tuple(config.latents_std)) == vae_wan.STATISTICS[16]
+    with torch.device("meta"):
+        wan, qwen = AutoencoderKLWan(), AutoencoderKLQwenImage()
+    assert shapes_of(wan) == shapes_of(qwen)
+    for model in (wan, qwen):
+        assert (tuple(model.config.latents_mean), tuple(model.config.latents_std)) == vae_wan.STATISTICS[16]
     assert [len(values) for values in vae_wan.STATISTICS[48]] == [48, 48]
+
+
+def test_a_vae_of_pictures_with_transparency_is_qwen_images():
+    shapes, part = full_size("vae_qwen_image"), PARTS["wan", "2.1"]
+    for key in ("encoder.conv1.weight", "decoder.head.2.weight", "decoder.head.2.bias"):
+        at = 1 if key == "encoder.conv1.weight" else 0
+        shapes[key] = (*shapes[key][:at], 4, *shapes[key][at + 1 :])
+    assert layout_of(part, shapes).their_shapes == shapes
 
 
 def test_unknown_channels_need_their_statistics(tmp_path):

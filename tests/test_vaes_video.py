@@ -10,10 +10,10 @@ from library.components import chunks, vae_cosmos, vae_hunyuan_video, vae_ltx
 from library.errors import ConfigError
 
 
-@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize(("name", "rows"), [("hunyuan_image", 1), ("hunyuan_image", 5), ("wan21", 4), ("wan22", 1000)])
 @torch.no_grad()
-def test_convolutions_in_strips_give_the_same(rows, tmp_path):
-    case = CASES["hunyuan_image"]
+def test_convolutions_in_strips_give_the_same(name, rows, tmp_path):
+    case = CASES[name]
     tensors, model = tensors_of(case), model_of(case, tmp_path)
     pixels, latents = tensors["inputs/pixels"], tensors["inputs/z"]
     whole, picture = case.encode(model, pixels), case.decode(model, latents)

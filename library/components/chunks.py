@@ -1,8 +1,8 @@
 """Convolutions in strips: less memory for the working buffers of a VAE, the same result to rounding.
 
-A convolution of a 2048 x 2048 activation with 128 channels needs, beside its input and output, buffers of several
-times their size on many devices. In strips of rows, each with the rows that its kernel reaches over, they shrink in
-proportion (`--vae_chunk_size` of sd-scripts).
+Beside its input and output a convolution may need buffers of several times their size, depending on the device and the
+algorithm that it chooses. In strips of rows, each with the rows that its kernel reaches over, they shrink in proportion
+(`--vae_chunk_size` of sd-scripts).
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ GROUPS, GROUPS_KEY = 32, "norm_num_groups"
 # (shift, scale) of the latents as published with each model: `scale_factor` of the SD 1.x/2.x and SDXL configurations,
 # `shift_factor` and `scaling_factor` of the VAE configurations of SD3 and FLUX.1. Latents are (z - shift) * scale.
 SD, SDXL, SD3, FLUX = (0.0, 0.18215), (0.0, 0.13025), (0.0609, 1.5305), (0.1159, 0.3611)
-# Training leftovers in published SD 1.x VAE files.
-CARRIED = ("model_ema.decay", "model_ema.num_updates")
+CARRIED = ("model_ema.decay", "model_ema.num_updates", "loss.")  # left from training in published SD 1.x VAE files
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import vae_ldm
+from library.components import chunks, vae_ldm
 from library.components.video import as_video, check_frames
 from library.errors import ConfigError
 from library.families.family import Part
@@ -232,23 +232,26 @@ def _statistics(vae: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(values.to(like.device).view(1, -1, 1, 1, 1) for values in pair)
 
 
-def encode(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+def encode(vae: torch.nn.Module, pixels: Tensor, chunk: int = 0) -> Tensor:
     """Pictures [B,3,H,W] -> [B,C,h,w], videos [B,3,4k+1,H,W] -> [B,C,k+1,h,w], pixels in -1..1; float32.
 
-    Normalised by the channels' mean and deviation, of the posterior's mean. Raises ConfigError for another number of
-    frames, of which the model would drop the last ones without a word.
+    Normalised by the channels' mean and deviation, of the posterior's mean. `chunk` > 0 convolves at most that many
+    rows at a time. Raises ConfigError for another number of frames, of which the model would drop the last ones
+    without a word.
     """
     video, still = as_video(pixels)
     check_frames(video, TIME, "Wan's VAE")
-    latents = vae.encode(video.to(vae.dtype)).latent_dist.mean.float()
+    with chunks.convolutions(vae, chunk):
+        latents = vae.encode(video.to(vae.dtype)).latent_dist.mean.float()
     mean, deviation = _statistics(vae, latents)
     latents = (latents - mean) / deviation
     return latents.squeeze(2) if still else latents
 
 
-def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+def decode(vae: torch.nn.Module, latents: Tensor, chunk: int = 0) -> Tensor:
     """Normalised latents [B,C,h,w] or [B,C,f,h,w] -> pixels [B,3,H,W] or [B,3,4(f-1)+1,H,W], cut to -1..1, float32."""
     video, still = as_video(latents)
     mean, deviation = _statistics(vae, video)
-    pixels = vae.decode((video.float() * deviation + mean).to(vae.dtype)).sample.float()
+    with chunks.convolutions(vae, chunk):
+        pixels = vae.decode((video.float() * deviation + mean).to(vae.dtype)).sample.float()
     return pixels.squeeze(2) if still else pixels
