@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ class Checkpoint:
     headers: tuple[Header, ...]
     prefix: str = ""
     folder: bool = False  # a diffusers folder
+    configuration: Mapping[str, Any] = field(default_factory=dict)  # a folder's config.json
     files: dict[str, Header] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +74,8 @@ class Checkpoint:
         path = Path(path)
         if path.is_dir():
             inner = path / subfolder if subfolder and (path / subfolder).is_dir() else path
-            return cls(path, tuple(read_header(p) for p in _files_of(inner)), folder=True)
+            headers = tuple(read_header(p) for p in _files_of(inner))
+            return cls(path, headers, folder=True, configuration=_configuration_of(inner))
         if not path.exists():
             raise ConfigError(f"{path}: no such file or folder")
         if path.name.endswith(".index.json"):
@@ -104,7 +106,7 @@ class Checkpoint:
         return sum(self.info(key).end - self.info(key).start for key in self.files)
 
     def with_prefix(self, prefix: str) -> Checkpoint:
-        return Checkpoint(self.path, self.headers, prefix, self.folder)
+        return replace(self, prefix=prefix)
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Reader]:
@@ -138,6 +140,15 @@ class Reader:
         if dtype is None or not value.is_floating_point() or value.dtype == dtype:
             return value
         return value.to(dtype)
+
+
+def _configuration_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        raise ConfigError(f"{path} is no readable JSON; load it anew") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -241,7 +252,7 @@ def load_part(
 
     checkpoint, layout_name = find_part(part, path)
     shapes = checkpoint.shapes
-    config = configuration(part, path, shapes, checkpoint.metadata, layout_name) if config is None else config
+    config = configuration(part, path, shapes, facts(part, checkpoint), layout_name) if config is None else config
     with torch.device("meta"):
         model = part.build(config)
     ours = shapes_of(model)
@@ -258,10 +269,16 @@ def load_part(
             pieces = entry.split(reader.tensor(entry.theirs, dtype), layout.our_shape(entry))
             state.update((name, _place(piece, device)) for name, piece in zip(entry.ours, pieces, strict=True))
         model.load_state_dict(state, strict=True, assign=True)
-        kept = {key: reader.raw(key) for key in extras}
+        kept = part.markers(model) | {key: reader.raw(key) for key in extras}
     part.finish(model, device)
     model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, Path(path))
     return model
+
+
+def facts(part: Part, checkpoint: Checkpoint) -> dict[str, str]:
+    """What is said of a model besides its shapes: the header metadata, and what the part reads of a config.json."""
+    own = {name: checkpoint.configuration[name] for name in part.stated if name in checkpoint.configuration}
+    return checkpoint.metadata | {name: json.dumps(value) for name, value in own.items()}
 
 
 def configuration(

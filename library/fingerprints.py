@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from library.checkpoints import Checkpoint, configuration, rows_of
+from library.checkpoints import Checkpoint, configuration, facts, rows_of
 from library.components.encoders import ENCODERS
 from library.components.vaes import VAES
 from library.errors import ConfigError
@@ -86,6 +86,7 @@ VARIANTS: tuple[tuple[str, str, str, tuple[int | None, ...]], ...] = (
     ("flux", "schnell", "time_text_embed.text_embedder.linear_1.weight", (None, None)),
     ("hunyuan_video", "i2v", "img_in.proj.weight", (None, 33, None, None, None)),
     ("hunyuan_video", "i2v", "x_embedder.proj.weight", (None, 33, None, None, None)),
+    ("qwen_image", "2511", "__index_timestep_zero__", (None,)),
     ("wan", "2.1 first-and-last-frame", "img_emb.emb_pos", (None, None, None)),
     ("wan", "2.1 first-and-last-frame", "condition_embedder.image_embedder.pos_embed", (None, None, None)),
     ("wan", "2.1 i2v", "blocks.0.cross_attn.k_img.weight", (None, None)),
@@ -217,7 +218,7 @@ def _names(part: Any, layout: str, checkpoint: Checkpoint) -> dict[str, Shape]:
     from library.layout import Layout, shapes_of
 
     with torch.device("meta"):
-        model = part.build(configuration(part, checkpoint.path, checkpoint.shapes, checkpoint.metadata, layout))
+        model = part.build(configuration(part, checkpoint.path, checkpoint.shapes, facts(part, checkpoint), layout))
     ours = shapes_of(model)
     return Layout(layout, rows_of(part, layout, ours), ours).their_shapes
 

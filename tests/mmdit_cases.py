@@ -16,6 +16,9 @@ GOLDENS = (
     Golden("flux", "flux", ("plain", "kontext", "kontext2"), variant="dev"),
     Golden("flux", "flux", ("kontext2_index",), options={"references": "index"}, variant="dev"),
     Golden("flux_schnell", "flux", variant="schnell"),
+    # "odd" and "edit_big" are ComfyUI's positions, which differ from Qwen's own code: see the tests of Qwen-Image.
+    Golden("qwen_image", "qwen_image", ("plain", "padded", "edit", "edit_plus")),
+    Golden("qwen_image_2511", "qwen_image", ("plain", "edit", "edit_plus"), variant="2511"),
 )
 ALL_FORMS = ("comfy", "kohya", "diffusers")
 FLUX = "convert_flux_transformer_checkpoint_to_diffusers"
@@ -24,4 +27,6 @@ FULL_SIZE = (
     FullSize("flux", "flux", "dev", FLUX, ALL_FORMS),
     FullSize("flux_schnell", "flux", "schnell", FLUX, ALL_FORMS),
     FullSize("flux_kontext", "flux", "dev", FLUX, ALL_FORMS),
+    FullSize("qwen_image", "qwen_image", forms=ALL_FORMS),
+    FullSize("qwen_image_edit_2511", "qwen_image", "2511", forms=ALL_FORMS),
 )

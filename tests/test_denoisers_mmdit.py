@@ -1,14 +1,17 @@
 """Multimodal diffusion transformers against outside oracles, and what training needs of them, file by file."""
 
+import json
+
 import pytest
 import torch
 from denoiser_cases import Transfers, identity, masks_seen, meta_layout, shortened
 from mmdit_cases import FULL_SIZE, GOLDENS
-from oracles import load, relative
+from oracles import golden_metadata, load, relative
 
 from library.checkpointing import checkpoint_blocks
-from library.checkpoints import save_part
+from library.checkpoints import load_part, save_part
 from library.errors import ConfigError
+from library.layout import shapes_of
 
 EVERY_CASE = [pytest.param(g, case, id=f"{g.file}-{case}") for g in GOLDENS for case in g.cases]
 EVERY_FILE = [pytest.param(g, id=g.file) for g in GOLDENS]
@@ -52,7 +55,19 @@ def test_the_toy_file_is_a_whole_small_model(real):
 @pytest.mark.parametrize("real", EVERY_SIZE)
 def test_a_diffusers_folder_gives_the_same_model(real):
     ours = meta_layout(real.part, real.shapes).shapes
-    assert real.part.recognise(ours) == "diffusers" and meta_layout(real.part, ours).shapes == ours
+    assert real.part.recognise(ours) == ("diffusers" if "diffusers" in real.part.layouts else "comfy")
+    assert meta_layout(real.part, ours).shapes == ours
+
+
+@pytest.mark.parametrize("family", sorted({real.family for real in FULL_SIZE}))
+def test_without_a_file_the_model_has_the_released_size(family):
+    real = next(real for real in FULL_SIZE if real.family == family)
+    with torch.device("meta"):
+        shapes = shapes_of(real.part.build({}))
+    expected = meta_layout(real.part, real.shapes).shapes
+    assert {key: shapes.get(key) for key in expected if "guidance" not in key} == {
+        key: shape for key, shape in expected.items() if "guidance" not in key
+    }
 
 
 @pytest.mark.parametrize(("real", "form"), [pytest.param(r, f, id=f"{r.name}-{f}") for r in FULL_SIZE for f in r.forms])
@@ -111,7 +126,9 @@ def test_under_bf16_times_and_guidance_reach_their_embedding_in_float32(file, mo
     expected = torch.stack(expected).double() * 1000
     for times in seen:
         assert (times[:, None] - expected).abs().amin(1).max() < 1e-3
-    assert any((times[:, None] - expected[:2]).abs().amin(1).max() < 1e-3 for times in seen)
+    needed = [sigma * 1000] + ([guidance.expand(2) * 1000] if "guidance" in conds[0] else [])
+    for value in needed:
+        assert any((times[:2] - value).abs().max() < 1e-3 for times in seen)
     assert out.dtype == torch.float32 and out.isfinite().all()
 
 
@@ -139,8 +156,10 @@ def test_a_step_neither_reads_from_the_device_nor_copies_to_it(file, tmp_path):
     model, (noisy, sigma, conds) = file.model(tmp_path), file.inputs_of_last
     conds = [{key: value.to("meta") for key, value in cond.items()} for cond in shortened(conds)]
     model, noisy, sigma = model.to("meta"), noisy.to("meta"), sigma.to("meta")
-    with torch.no_grad(), Transfers() as transfers:
-        out = file.predict(model, noisy, sigma, conds)
+    with torch.no_grad():
+        file.predict(model, noisy, sigma, conds)  # tables of positions are made once
+        with Transfers() as transfers:
+            out = file.predict(model, noisy, sigma, conds)
     assert out.shape == noisy.shape and not transfers.found
 
 
@@ -210,3 +229,76 @@ def test_a_flux_model_for_filling_is_refused_in_one_sentence(flux, tmp_path):
     filling = weights | {"img_in.weight": torch.randn(len(weights["img_in.weight"]), 96)}
     with pytest.raises(ConfigError, match="takes 96 channels of input, which are made for filling"):
         load(flux.module.DENOISER, filling, tmp_path)
+
+
+class ComfyPositions(torch.nn.Module):
+    """ComfyUI's for Qwen-Image: rows from -(n // 2), text after half of the target alone."""
+
+    axes, theta = (4, 6, 6), 10000.0
+
+    def forward(self, sizes, max_txt_seq_len, device=None):
+        pictures = []
+        for index, (_, rows, columns) in enumerate(sizes[0]):
+            row, column = torch.arange(rows) - rows // 2, torch.arange(columns) - columns // 2
+            pictures.append(torch.cartesian_prod(torch.tensor([index]), row, column))
+        text = torch.arange(max_txt_seq_len) + max(sizes[0][0][1:]) // 2
+        return self.turns(torch.cat(pictures)), self.turns(text[:, None].expand(-1, 3))
+
+    def turns(self, places):
+        angles = [
+            torch.outer(places[:, k].float(), self.theta ** -(torch.arange(0, d, 2) / d))
+            for k, d in enumerate(self.axes)
+        ]
+        return torch.polar(torch.ones(1), torch.cat(angles, 1))
+
+
+@pytest.fixture
+def qwen():
+    return next(file for file in GOLDENS if file.file == "qwen_image")
+
+
+@pytest.mark.parametrize("case", ["odd", "edit_big"])
+def test_qwen_images_positions_are_those_of_its_own_code_and_all_that_differs_from_comfyui(qwen, case, tmp_path):
+    from diffusers import QwenImageTransformer2DModel
+
+    model, (noisy, sigma, conds) = qwen.model(tmp_path), qwen.inputs(case)
+    pictures = [noisy, *([torch.stack([cond["control.0"] for cond in conds])] if case == "edit_big" else [])]
+    reference = QwenImageTransformer2DModel(**json.loads(golden_metadata("qwen_image")["diffusers_config"]))
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        out = qwen.predict(model, noisy, sigma, conds)
+        expected = reference(
+            torch.cat([pixel_shuffled(picture) for picture in pictures], 1),
+            torch.stack([cond["text"] for cond in conds]),
+            timestep=sigma,
+            img_shapes=[[(1, picture.shape[-2] // 2, picture.shape[-1] // 2) for picture in pictures]] * 2,
+            return_dict=False,
+        )[0][:, : noisy.shape[-2] * noisy.shape[-1] // 4]
+        assert relative(pixel_shuffled(out), expected) < 1e-6
+        model.pos_embed = ComfyPositions()
+        as_comfyui = qwen.predict(model, noisy, sigma, conds)
+    assert relative(as_comfyui, qwen.output(case)) < 1e-4 and relative(out, qwen.output(case)) > 1e-3
+
+
+def pixel_shuffled(latents):
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def test_a_diffusers_folder_of_qwen_image_2511_is_known_by_its_configuration_and_saved_with_comfyuis_marker(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = next(file for file in GOLDENS if file.file == "qwen_image_2511")
+    folder, weights = tmp_path / "transformer", file.weights()
+    folder.mkdir()
+    del weights["__index_timestep_zero__"]
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    noisy, sigma, conds = file.inputs("edit")
+    outs = []
+    for clean in (True, False):
+        (folder / "config.json").write_text(json.dumps({"zero_cond_t": clean}), encoding="utf-8")
+        model = load_part(file.module.DENOISER, tmp_path, dtype=torch.float32)
+        with torch.no_grad():
+            outs.append(file.predict(model, noisy, sigma, conds))
+        save_part(model, tmp_path / "saved.safetensors", {})
+        assert ("__index_timestep_zero__" in load_file(tmp_path / "saved.safetensors")) == clean
+    assert relative(outs[0], file.output("edit")) < 1e-4 and relative(outs[1], file.output("edit")) > 1e-3

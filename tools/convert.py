@@ -73,7 +73,7 @@ def layout_of(part: Part, base: Path | None) -> Layout:
     config = {}
     if base:
         checkpoint, name = checkpoints.find_part(part, base)
-        config = part.config(checkpoint.shapes, checkpoint.metadata, name)
+        config = part.config(checkpoint.shapes, checkpoints.facts(part, checkpoint), name)
     with torch.device("meta"):
         shapes = shapes_of(part.build(config))
     return checkpoints.layout_of(part, next(iter(part.layouts)), shapes)

@@ -86,6 +86,8 @@ class Part:
     # them back.
     carried: tuple[str, ...] = ()
     diffusers_folder: str = ""  # sub-folder of a diffusers repository that holds this part
+    stated: tuple[str, ...] = ()  # what `config` is told of a folder's config.json, as JSON in its metadata
+    markers: Callable[..., dict[str, Tensor]] = lambda model: {}  # keys without values that a file of this model holds
     finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
     tokenizer: Tokenizer | None = None  # of a text encoder
     kohya: str = ""  # the layout whose names sd-scripts' LoRA files have, if it is not the first one

@@ -65,10 +65,11 @@ def build(configuration: dict[str, Any]) -> torch.nn.Module:
 
     from library.models.hunyuan_image import HunyuanImage
 
-    model = HunyuanImage(**{key: value for key, value in configuration.items() if key != "glyph_width"})
-    glyphs, width = model.config.text_embed_2_dim, configuration.get("glyph_width", 2048)
+    published = {"text_embed_2_dim": 1472} | configuration
+    glyph_width = published.pop("glyph_width", 2048)
+    model = HunyuanImage(**published)
     inner = model.config.num_attention_heads * model.config.attention_head_dim
-    model.context_embedder_2 = HunyuanImageByT5TextProjection(glyphs, width, inner)
+    model.context_embedder_2 = HunyuanImageByT5TextProjection(published["text_embed_2_dim"], glyph_width, inner)
     return model
 
 
