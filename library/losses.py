@@ -40,8 +40,8 @@ def huber_c(sigma: Tensor, schedule: str, c: float, scale: float, signal: Tensor
 
 
 def masked(error: Tensor, mask: Tensor) -> Tensor:
-    """Error [B,C,h,w] times the mask [B,H,W] in 0..1, area-resized to the latent grid (not renormalised)."""
+    """Error [B,C,h,w] or [B,C,F,h,w] times the mask [B,H,W] in 0..1, area-resized to the latents (not renormalised)."""
     mask = mask[:, None].to(error.device, error.dtype)
     if mask.shape[-2:] != error.shape[-2:]:
         mask = F.interpolate(mask, size=error.shape[-2:], mode="area")
-    return error * mask
+    return error * mask.unflatten(1, (1,) * (error.ndim - 3))

@@ -6,6 +6,7 @@ float16's 10 bits of mantissa err 8 times less than bfloat16's 7), so that both 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 STORED = torch.float16
 RECIPE = 1  # raised when the same inputs begin to give other latents or text
+AHEAD = 2 * 1024**3  # bytes of pixels that may wait for the VAE
 
 
 def cache_folder(options: Any, dataset: Dataset) -> Path:
@@ -50,7 +52,7 @@ def cache_folder(options: Any, dataset: Dataset) -> Path:
 class Loaded:
     """One item, ready for a batch."""
 
-    tensor: Tensor  # latents [C,h,w] float32, or pixels [3,H,W] in -1..1
+    tensor: Tensor  # latents [C,h,w] float32, or pixels [3,H,W] in -1..1; a video model's have F before h or H
     mask: Tensor | None  # [h,w] or [H,W] in 0..1
     extra: Any  # its Cond from the cache, or the ItemInput that its Cond is made of
 
@@ -80,6 +82,7 @@ def load_item(item: Item, rng: random.Random, flip: bool | None = None) -> tuple
         original_size=item.size,
         crop=(placement.left, placement.top),
         size=placement.bucket,
+        frames=max(1, item.frames),
     )
     return given, None if loaded.mask is None else torch.from_numpy(loaded.mask)
 
@@ -215,13 +218,18 @@ def encode_latents(
         todo = iter(batches)
         for batch in todo:
             waiting.append((batch, [readers.submit(_pixels, item, flip) for item, flip in batch]))
-            if len(waiting) < 3 and len(batches) > len(waiting):  # two batches ahead, no more: memory stays bounded
+            if len(waiting) < 3 and sum(_bytes(one) for one, _ in waiting) < AHEAD:  # memory stays bounded
                 continue
             _encode_one(*waiting.popleft(), source, family, encoders, writer, written)
         while waiting:
             _encode_one(*waiting.popleft(), source, family, encoders, writer, written)
         while written:
             written.popleft().result()
+
+
+def _bytes(batch: list[tuple[Item, bool]]) -> int:
+    """Of the pixels of a batch, which are float32."""
+    return sum(12 * math.prod(item.bucket) for item, _ in batch)
 
 
 def _pixels(item: Item, flip: bool) -> ItemInput:
@@ -239,7 +247,8 @@ def _encode_one(
 ) -> None:
     given, vae = [future.result() for future in futures], encoders.vae()
     device = next(vae.parameters()).device
-    pixels = torch.stack([one.pixels for one in given]).to(device)
+    pixels = given[0].pixels[None] if len(given) == 1 else torch.stack([one.pixels for one in given])  # may be large
+    pixels = pixels.to(device)
     with torch.no_grad():
         latents = family.encode_image(vae, pixels).to("cpu", STORED).contiguous()
         conds = [encoders.item(family, one, device) for one in given]
