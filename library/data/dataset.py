@@ -110,7 +110,7 @@ class Dataset:
             members = [item for item in self.items if item.dataset == number]
             found = Counter(item.bucket for item in members)
             info = {
-                str(k): {"resolution": list(bucket), "count": count}
+                str(k): {"resolution": list(bucket[:2]), "count": count} | ({"frames": bucket[2]} if bucket[2:] else {})
                 for k, (bucket, count) in enumerate(sorted(found.items()))
             }
             per_dataset.append({
