@@ -245,6 +245,16 @@ def test_each_file_is_named_from_its_header(family, shapes, prefix):
     assert (found.kind, found.family, found.variant) == ("vae", *family) and found.unmatched == []
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_inspector_finds_every_key_of_a_file_in_its_place(name, tmp_path):
+    """By the whole table of the model that the file's shapes tell, and what is carried along."""
+    case = CASES[name]
+    model_of(case, tmp_path)  # writes the file
+    found = identify_path(str(tmp_path / "part.safetensors"))
+    assert (found.kind, found.family, found.variant) == ("vae", *case.family)
+    assert found.missing == found.unmatched == []
+
+
 def test_the_inspector_compares_every_key(tmp_path):
     weights = weights_of(golden("vae_hunyuan_image21"), "weights/")
     weights["surprise"] = weights.pop("encoder.mid.attn_1.q.weight")
