@@ -29,6 +29,7 @@ class Golden:
     prefix: str = ""
     times: Callable[[Any], Any] = lambda sigma: sigma * 1000  # what the time embedding embeds
     ragged: tuple[str, ...] = ("text",)  # conditions that have one row per token
+    expected: Callable[[str, dict, Any], Any] = lambda case, inputs, out: out  # the velocity that an output means
     dead: tuple[str, ...] = ()  # parameters that have no influence: the text's side after the last block
     guidance: bool = False  # the items' guidance is embedded too, times 1000
     tolerance: float = 1e-4
@@ -49,7 +50,8 @@ class Golden:
         """The independent implementation's output, None where the file has none of this kind."""
         tensors = golden(self.file)
         found = tensors.get(f"case.{case}.{kind}", tensors.get(f"outputs/{case}"))
-        return found.reshape(self.noisy(case, self.inputs(case)).shape)
+        inputs = self.inputs(case)
+        return self.expected(case, inputs, found.reshape(self.noisy(case, inputs).shape))
 
     def weights(self, with_lora: bool = False) -> dict[str, Any]:
         tensors = golden(self.file)
@@ -119,6 +121,33 @@ def hunyuan_video_15(case: str, inputs: dict) -> list[dict]:
     return [cond | {"image_latents": x[32:]} for cond, x in zip(conds, inputs["x"], strict=True)]
 
 
+def ltx_video(case: str, inputs: dict) -> list[dict]:
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    conds = [{"text": text[:n]} for text, n in zip(inputs["context"], lengths, strict=True)]
+    if case == "out":
+        return conds
+    return [cond | {"first_frame": x[:, :1]} for cond, x in zip(conds, inputs["x"], strict=True)]
+
+
+def edm_sigma(inputs: dict) -> Any:
+    """The file has ln(sigma) / 4."""
+    return (inputs["timestep"] * 4).exp()
+
+
+def cosmos_noisy(case: str, inputs: dict) -> Any:
+    """The file has (x0 + sigma * noise) / sqrt(sigma ** 2 + 0.25)."""
+    sigma = edm_sigma(inputs).view(-1, 1, 1, 1, 1)
+    return inputs["x"] * (sigma**2 + 0.25).sqrt() / (1 + sigma)
+
+
+def cosmos_velocity(case: str, inputs: dict, out: Any) -> Any:
+    """Of EDM's D = c_skip * x + c_out * F, in double precision."""
+    sigma, out = edm_sigma(inputs).double().view(-1, 1, 1, 1, 1), out.double()
+    x = inputs["x"].double() * (sigma**2 + 0.25).sqrt()
+    data = x * 0.25 / (sigma**2 + 0.25) + out * sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    return (x - data) / sigma - data  # noise - x0
+
+
 def picture(case: str, inputs: dict) -> Any:
     """One frame: a batch of pictures, as the families of pictures get it."""
     return inputs["x"][:, :, 0]
@@ -140,6 +169,14 @@ def wan_5b(case: str, inputs: dict) -> list[dict]:
 
 HEADS2 = {"num_attention_heads": "2"}
 GOLDENS = (
+    Golden(
+        "ltx_091", "ltx_video", ltx_video, cases=("out", "out_per_token_t0_first_frame"), metadata=HEADS2,
+    ),
+    Golden(
+        "cosmos1_t2w", "cosmos", texts, cosmos_noisy, lambda c, i: edm_sigma(i) / (1 + edm_sigma(i)), ("out",),
+        options={"tokens": 9, "frame_rate": 30.0}, times=lambda sigma: (sigma / (1 - sigma)).log() / 4,
+        expected=cosmos_velocity,
+    ),
     Golden(
         "hunyuan_video_t2v", "hunyuan_video", hunyuan_video, sigma=per_mille, cases=("out",), guidance=True,
     ),

@@ -136,7 +136,7 @@ def test_predict_neither_waits_for_the_device_nor_copies_to_it(file, tmp_path):
 def test_hidreams_experts_get_the_gradients_of_diffusers_training_mode(tmp_path):
     from diffusers import HiDreamImageTransformer2DModel
 
-    (file,) = (g for g in GOLDENS if g.file == "hidream")
+    file = golden_of("hidream")
     ours = file.model(tmp_path).eval().requires_grad_(True)
     theirs = HiDreamImageTransformer2DModel(**ours.config).train()
     theirs.load_state_dict(ours.state_dict())
@@ -154,13 +154,13 @@ def test_hidreams_experts_get_the_gradients_of_diffusers_training_mode(tmp_path)
     assert max(relative(mine[key], expected[key]) for key in mine) < 1e-4
 
 
-def hunyuan_video_15():
-    (file,) = (g for g in GOLDENS if g.file == "hunyuan_video15")
+def golden_of(name):
+    (file,) = (g for g in GOLDENS if g.file == name)
     return file
 
 
 def test_tencents_own_names_with_q_k_and_v_apart_give_the_same_hunyuan_video_15(tmp_path):
-    file = hunyuan_video_15()
+    file = golden_of("hunyuan_video15")
     weights = {}
     for key, value in file.weights().items():
         head, found, tail = key.rpartition("_attn_qkv")
@@ -173,10 +173,62 @@ def test_tencents_own_names_with_q_k_and_v_apart_give_the_same_hunyuan_video_15(
 
 
 def test_text_to_video_and_image_to_video_can_be_in_one_batch(tmp_path):
-    file = hunyuan_video_15()
+    file = golden_of("hunyuan_video15")
     model, inputs = file.model(tmp_path), file.inputs("out_i2v")
     conds = [file.conds("out_i2v", inputs)[0], file.conds("out_t2v_textonly", inputs)[1]]
     with torch.no_grad():
         out = file.module.predict(model, file.noisy("out_i2v", inputs), file.sigma("out_i2v", inputs), conds)
     assert relative(out[0], file.output("out_i2v")[0]) < file.tolerance
     assert relative(out[1], file.output("out_t2v_textonly")[1]) < file.tolerance
+
+
+def test_wan_models_of_first_and_last_frame_see_the_features_of_both(tmp_path):
+    """Attention to the same features twice is attention to them once; a table of zeros adds no position."""
+    file = golden_of("wan21_i2v")
+    clip = file.inputs("out")["clip_fea"]
+    weights = file.weights() | {"img_emb.emb_pos": torch.zeros(1, 2 * clip.shape[1], clip.shape[2])}
+    model = load(file.module.DENOISER, weights, tmp_path, torch.float32, **file.metadata)
+    with torch.no_grad():
+        out = file.run(model, "out", change=lambda cs: [c | {"clip": torch.cat([c["clip"], c["clip"]])} for c in cs])
+    assert relative(out, file.output("out")) < file.tolerance
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_ltx_positions_are_those_of_diffusers_pipelines(causal):
+    from diffusers import LTXConditionPipeline
+    from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
+
+    from library.families.ltx_video import coordinates
+
+    pipeline, video = LTXConditionPipeline, torch.zeros(2, 4, 3, 5, 7)
+    mine = coordinates(video, torch.tensor([25.0, 30.0]), causal)
+    if causal:  # 0.9.5 and later
+        ids = pipeline._prepare_video_ids(2, 3, 5, 7, 1, 1)
+        theirs = pipeline._scale_video_ids(ids, 32, 8, 0).float()
+        theirs[:, 0] /= torch.tensor([25.0, 30.0])[:, None]
+        assert torch.allclose(mine, theirs)
+        return
+    rope, tokens = LTXVideoRotaryPosEmbed(48), torch.zeros(1, 105, 4)
+    for k, rate in enumerate((25, 30)):
+        expected = rope(tokens, 3, 5, 7, (8 / rate, 32, 32))
+        found = rope(tokens, video_coords=mine[k : k + 1])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("header", "width", "causal"),
+    [
+        ({}, 2048, False),
+        ({}, 4096, True),
+        ({"config": '{"transformer": {"causal_temporal_positioning": true}}'}, 2048, True),
+        ({"config": '{"vae": {}}'}, 2048, False),
+    ],
+)
+def test_an_ltx_file_says_how_its_frames_are_counted(header, width, causal):
+    from library.families.ltx_video import config
+
+    shapes = {
+        "patchify_proj.weight": (width, 128), "proj_out.weight": (128, width), "transformer_blocks.0.attn2.to_k.weight": (width, width),
+        "caption_projection.linear_1.weight": (width, 4096),
+    }  # fmt: skip
+    assert config(shapes, header, "comfy")["causal"] is causal

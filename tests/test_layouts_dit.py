@@ -23,13 +23,13 @@ FILES = {  # key list -> family
     "wan": "wan", "wan_t2v_14b": "wan", "wan_i2v_14b": "wan", "wan22_ti2v_5b": "wan", "wan22_a14b_t2v": "wan",
     "wan22_a14b_i2v": "wan", "lumina_2": "lumina_2",
     "omnigen2": "omnigen2", "cosmos_predict2": "cosmos_predict2", "cosmos_predict2_14b": "cosmos_predict2",
-    "anima": "anima", "auraflow": "auraflow", "hidream": "hidream", "hunyuan_video": "hunyuan_video",
+    "anima": "anima", "auraflow": "auraflow", "hidream": "hidream", "ltx_video": "ltx_video", "cosmos": "cosmos", "hunyuan_video": "hunyuan_video",
     "hunyuan_video_15": "hunyuan_video_15", "hunyuan_video_15_i2v": "hunyuan_video_15",
 }  # fmt: skip
 
 VARIANTS = {
     "wan": "t2v", "wan_t2v_14b": "t2v", "wan_i2v_14b": "2.1 i2v", "wan22_ti2v_5b": "2.2 5B", "wan22_a14b_t2v": "t2v",
-    "wan22_a14b_i2v": "2.2 i2v",
+    "wan22_a14b_i2v": "2.2 i2v", "cosmos": "7B", "cosmos_predict2": "2B", "cosmos_predict2_14b": "14B", "ltx_video": "2B",
 }  # fmt: skip
 
 
@@ -101,6 +101,7 @@ CONVERTERS = {
     "wan_i2v_14b": "convert_wan_transformer_to_diffusers",
     "wan22_ti2v_5b": "convert_wan_transformer_to_diffusers",
     "lumina_2": "convert_lumina2_to_diffusers",
+    "ltx_video": "convert_ltx_transformer_checkpoint_to_diffusers",
     "hunyuan_video": "convert_hunyuan_video_transformer_to_diffusers",
     "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
     "cosmos_predict2": "convert_cosmos_transformer_checkpoint_to_diffusers",
@@ -140,3 +141,13 @@ def test_files_are_named_by_family_and_variant(name):
         tensors = {prefix + key: TensorInfo("BF16", tuple(shape), 0, 0) for key, shape in keys.items()}
         found = identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
         assert (found.kind, found.family, found.variant) == ("checkpoint", FILES[name], VARIANTS.get(name, ""))
+
+
+@pytest.mark.parametrize(("family", "key"), [("cosmos", "cosmos"), ("cosmos_predict2", "cosmos_predict2")])
+def test_models_that_continue_videos_are_named_and_not_taken_for_others(family, key):
+    shapes = {k: tuple(v) for k, v in read_json(f"layouts/{key}")["keys"].items()}
+    shapes["x_embedder.proj.1.weight"] = (shapes["x_embedder.proj.1.weight"][0], 72)  # a mask of given frames
+    tensors = {k: TensorInfo("BF16", shape, 0, 0) for k, shape in shapes.items()}
+    found = identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
+    assert module_of(key).DENOISER.recognise(shapes) is None
+    assert (found.family, found.variant) == (family, "video2world")
