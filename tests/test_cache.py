@@ -23,7 +23,7 @@ class Counting:
     def __init__(self):
         self.name, self.encoded, self.texts, self.recipe = "fake", [], [], ""
         encoder = SimpleNamespace(
-            option="text_encoder", tokenizer=Tokenizer("tokenizer", "owner/name"), precision_options=()
+            option="text_encoder", tokenizer=Tokenizer("tokenizer", "owner/name"), precision_options=""
         )
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (encoder,), ()
         self.encode_item = self.text_pictures = None

@@ -313,7 +313,7 @@ class Edit:
     def __init__(self, sees=True):
         self.name, self.title, self.recipe, self.max_controls, self.frames = "edit", "Edit", "", 2, None
         tokenizer = Tokenizer("tokenizer", "owner/name")
-        self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer, precision_options=()),)
+        self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer, precision_options=""),)
         self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0
         self.text_pictures = (lambda given: tuple(one[:, ::2, ::2] for one in given)) if sees else None
 

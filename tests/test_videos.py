@@ -178,6 +178,37 @@ def test_odd_sizes_deep_colours_and_pixels_that_are_not_square(tmp_path):
     assert [number_of(f) for f in videos.read(videos.probe(str(deep)), range(5))] == list(range(5))
 
 
+@pytest.mark.parametrize(("matrix", "tag"), [("ITU709", 1), ("ITU601", 6)])
+def test_colours_are_those_that_the_file_says(tmp_path, matrix, tag):
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width = stream.height = 64
+        stream.codec_context.colorspace, stream.codec_context.color_range = tag, 1
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), (200, 30, 60), np.uint8), format="rgb24")
+            into = {"dst_colorspace": Colorspace[matrix], "dst_color_range": ColorRange.MPEG}
+            frame = frame.reformat(format="yuv420p", **into)
+            frame.colorspace, frame.color_range = tag, 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    seen = next(videos.read(videos.probe(str(tmp_path / "a.mp4")), [1]))
+    assert np.abs(seen.astype(int) - (200, 30, 60)).max() <= 3
+    videos.write(tmp_path / "b.mp4", np.full((2, 64, 64, 3), (200, 30, 60), np.uint8), 10)
+    again = next(videos.read(videos.probe(str(tmp_path / "b.mp4")), [1]))
+    assert np.abs(again.astype(int) - (200, 30, 60)).max() <= 3
+
+
+def test_what_is_worth_knowing_of_a_file_is_remarked(tmp_path):
+    params = "log-level=0:transfer=smpte2084:colorprim=bt2020:colormatrix=bt2020nc"
+    hdr = write_video(tmp_path / "a.mp4", 3, codec="libx265", pixels="yuv420p10le", **{"x265-params": params})
+    assert videos.probe(str(hdr)).remarks == ("PQ colours as they are",)
+    laced = write_video(tmp_path / "b.mp4", 4, **{"x264-params": "interlaced=1"})
+    assert videos.probe(str(laced)).remarks == ("interlaced",)
+
+
 ALPHA = {
     "a.mov": {"codec": "prores_ks", "pixels": "yuva444p10le"}, "b.mov": {"codec": "qtrle", "pixels": "argb"},
     "c.mkv": {"codec": "ffv1", "pixels": "bgra"}, "d.webm": {"codec": "libvpx-vp9", "pixels": "yuva420p"},

@@ -239,6 +239,7 @@ def write(path: Path, pixels: np.ndarray, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(str(fps)), options={"crf": "10"})
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"  # the latter is what every player knows
+        stream.codec_context.colorspace, stream.codec_context.color_range = 6, 1  # BT.601, limited: as it is converted
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
