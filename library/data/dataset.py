@@ -167,6 +167,7 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
         _place(train + held, spec)
         if family is not None:
             _check_controls(train + held, family)
+            _check_frames(train + held, family)
         _place_controls(train + held, pixel_multiple)
         trained += train
         held_out += held
@@ -261,6 +262,16 @@ def _check_controls(items: Iterable[Item], family: Any) -> None:
         raise ConfigError(
             f"{mirrored[0].subset.source}: flip_aug does not go with {family.title}, whose text encoder sees the "
             "control pictures as they are; remove it"
+        )
+
+
+def _check_frames(items: Iterable[Item], family: Any) -> None:
+    """Raises DatasetError naming pictures and clips that are too short for the model."""
+    least = family.frames.least if family.frames else 0
+    if short := list(dict.fromkeys(item.path.name for item in items if item.frames < least)):
+        raise DatasetError(
+            f"{family.title} is trained on clips of at least {least} frames; {names(short)}: pictures, or clips that "
+            "are shorter; take them out or raise target_frames"
         )
 
 

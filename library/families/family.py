@@ -52,6 +52,7 @@ class FrameRule:
     multiple: int
     offset: int
     fps: float  # frames a second
+    least: int = 1  # frames of an item; image-to-video models have nothing to learn from a picture alone
 
     def fit(self, frames: int) -> int:
         """The greatest such number that is at most `frames`; 0 if there is none."""
