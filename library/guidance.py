@@ -27,7 +27,7 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
 def projected(cond: Tensor, difference: Tensor, threshold: float) -> Tensor:
     """The part of `difference`, cut to the norm `threshold`, that is orthogonal to `cond` (Sadat et al. 2024, APG)."""
     axes = tuple(range(1, cond.ndim))
-    size = difference.norm(dim=axes, keepdim=True)
+    size = torch.linalg.vector_norm(difference, dim=axes, keepdim=True)
     difference = (difference * (threshold / size).clamp(max=1)).double()
     along = torch.nn.functional.normalize(cond.double(), dim=axes)
     return (difference - (difference * along).sum(axes, keepdim=True) * along).to(cond.dtype)

@@ -84,8 +84,8 @@ def test_a_lora_trains_and_every_key_is_one_that_comfyui_takes(lora):
         line = trainer.network.save_weights(str(path), torch.float32, {})
         assert line.split()[0].split("/")[0] == line.split()[0].split("/")[1], (format_name, line)
     known = accepted_stems(family.name)
-    for format_name in ("comfy", "kohya"):
-        if format_name in family.save_formats:
+    for format_name in ("comfy", "kohya"):  # names of sd-scripts' own are not ComfyUI's
+        if format_name in family.save_formats and not (format_name == "kohya" and family.denoiser.kohya):
             with safe_open(output / f"{format_name}.safetensors", "pt") as file:
                 stems = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file.keys()}
             unknown = sorted(stem for stem in stems if stem not in known)
@@ -96,7 +96,7 @@ def test_all_formats_hold_the_same_update(lora):
     from networks import formats
 
     trainer, output = lora
-    layout = trainer.denoiser.binding.layout
+    layout = trainer.network.layout
     read = {}
     for format_name in trainer.family.save_formats:
         trainer.network.save_format = format_name
@@ -181,4 +181,4 @@ def test_the_diffusers_layout_and_the_original_one_bind_to_the_same_model(name, 
         layout = Layout(other, checkpoints.rows_of(part, other, ours), ours)
         theirs = layout.to_theirs(model.state_dict())
         assert part.recognise({key: tuple(value.shape) for key, value in theirs.items()}) in part.layouts
-    assert layout_name == next(iter(part.layouts))
+    assert layout_name in part.layouts

@@ -48,7 +48,41 @@ def qwen3(width: int, vocabulary: int) -> Made:
     }, {}  # fmt: skip
 
 
+def qwen25_vl(width: int, vocabulary: int) -> Made:
+    from library.components import qwen25_vl
+
+    heads = 4
+    text = {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 4,
+        "num_attention_heads": heads, "num_key_value_heads": 2, "rms_norm_eps": qwen25_vl.NORM_EPS,
+        "rope_parameters": {
+            "rope_theta": qwen25_vl.ROPE_THETA, "rope_type": "default", "mrope_section": [2, 3, 3],
+        },
+    }  # fmt: skip
+    return {"text_config": text, "vision_config": None}, {"head_dim": str(width // heads)}
+
+
+def t5(width: int, vocabulary: int) -> Made:
+    return {
+        "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+        "num_heads": 4, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
+        "is_encoder_decoder": False, "use_cache": False,
+    }, {}  # fmt: skip
+
+
+VAE_HUNYUAN_IMAGE: Made = (
+    {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (32, 32, 32, 32, 32, 128),
+        "layers_per_block": 1, "spatial_compression_ratio": 32, "sample_size": 384,
+    },
+    {},
+)  # fmt: skip
+
 TOYS: dict[str, Toy] = {
+    "hunyuan_image": Toy(
+        VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
+    ),
     "z_image": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen3, 64)}),
 }
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.families.family import Family
 
 FAMILIES: dict[str, str] = {
+    "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "z_image": "library.families.z_image:Z_IMAGE",
 }
 

@@ -7,17 +7,31 @@ distilled model also takes guidance * 1000 and, being a MeanFlow model, the sigm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import hunyuan, ragged
-from library.families.family import Cond, Part
+from library.components import glyphs, hunyuan, qwen25_vl, ragged, t5, vae_hunyuan_image
+from library.components.tokenizers import wrapped
+from library.errors import ConfigError
+from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, count, identity, our_view
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Tencent's prompt for Qwen2.5-VL; what stands before the caption (34 tokens) is cut off the states.
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>",
+)
+LAYER, MAX_TOKENS = -3, 1000  # of the hidden states; tokens whose states are kept (Tencent's published pipeline)
+# Tencent's adaptive projected guidance: scale, norm threshold, momentum (its published inference code).
+APG = {"scale": 10.0, "threshold": 10.0, "momentum": -0.5}
 TIMES = "time_guidance_embed"
 OUTSIDE = [
     *hunyuan.times(TIMES, "time_in", "timestep_embedder"),
@@ -83,7 +97,26 @@ DENOISER = Part(
     build=build,
     prefixes=("", "model.diffusion_model.", "diffusion_model."),
     diffusers_folder="transformer",
+    kohya="original",
 )
+
+
+def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
+    """Qwen's ids of the prompt with its template, and the end of the caption that did not fit."""
+    return wrapped(tokenizers[0], caption, _head(tokenizers) + MAX_TOKENS, TEMPLATE)
+
+
+def _head(tokenizers: list[Any]) -> int:
+    return len(tokenizers[0](TEMPLATE[0], add_special_tokens=False)["input_ids"])
+
+
+def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
+    """{"text": [T,D]} without the template's head, and {"byt5": [T2,D2]} where the caption quotes something."""
+    import torch
+
+    ids, _ = tokenize(tokenizers, text.caption)
+    states = qwen25_vl.states(encoders[0], torch.tensor([ids], device=device), LAYER)
+    return {"text": states[0, _head(tokenizers) :]} | glyphs.encode(encoders[1], tokenizers[1], text.caption, device)
 
 
 def predict(
@@ -113,3 +146,78 @@ def predict(
         ragged.scalars(conds, "guidance", guidance, sigma) * 1000 if config.guidance_embeds else None,
         leads_to.float() * 1000 if config.use_meanflow else None,
     ).float()
+
+
+def guide(settings: Mapping[str, Any], cond: Cond) -> Callable[..., Tensor]:
+    """Tencent's mix: classifier-free guidance first, then adaptive projected guidance, later for letters."""
+    from library.guidance import adaptive_projected
+
+    start = settings["apg_start_step_ocr" if "byt5" in cond else "apg_start_step_general"]
+    rescale, rescale_apg = settings["guidance_rescale"], settings["guidance_rescale_apg"]
+    return adaptive_projected(start=start, rescale=rescale, rescale_apg=rescale_apg, **APG)
+
+
+def variant_of(options: Any) -> Family:
+    """The record with the run's VAE chunks, and for a distilled file its guidance and its few steps."""
+    from library.checkpoints import find_part, path_of
+
+    chunk = getattr(options, "vae_chunk_size", None) or 0
+    family = replace(
+        HUNYUAN_IMAGE,
+        encode_image=partial(vae_hunyuan_image.encode, chunk=chunk),
+        decode_latents=partial(vae_hunyuan_image.decode, chunk=chunk),
+    )
+    checkpoint, layout = find_part(DENOISER, path_of(DENOISER, options))
+    is_distilled = DENOISER.config(checkpoint.shapes, checkpoint.metadata, layout)["guidance_embeds"]
+    is_training = hasattr(options, "given")
+    if is_training and options.given("guidance_scale") and not is_distilled:
+        raise ConfigError(
+            f"--guidance_scale {options.guidance_scale:g} has no effect: {checkpoint.path} is not the distilled model"
+        )
+    if not is_distilled:
+        return family
+    guidance = options.guidance_scale if is_training else DISTILLED["guidance_scale"]
+    return replace(family, predict=partial(predict, guidance=guidance), sampling=DISTILLED)
+
+
+# Tencent's published inference settings of the distilled model: no classifier-free guidance.
+DISTILLED = {"sample_steps": 8, "scale": 1.0, "guidance_scale": 3.25, "flow_shift": 4.0}
+
+HUNYUAN_IMAGE = Family(
+    name="hunyuan_image",
+    title="HunyuanImage-2.1",
+    denoiser=DENOISER,
+    vae=vae_hunyuan_image.part(),
+    text_encoders=(qwen25_vl.part(), t5.byt5()),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=vae_hunyuan_image.encode,
+    decode_latents=vae_hunyuan_image.decode,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=32,
+    latent_channels=64,
+    latent_downscale=32,
+    # sd-scripts' guide: sigma sampling with shift 5.0, which is also Tencent's shift at inference.
+    defaults={"timestep_sampling": "sigma", "discrete_flow_shift": 5.0},
+    options=(
+        Option("vae_chunk_size", "int", None, "rows that the VAE convolves at a time; fewer need less memory", low=1),
+        Option("guidance_scale", "float", 3.25, "guidance that a distilled model is given", low=0),
+    ),
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="hunyuan-image-2.1",
+    base_model_version="hunyuan-image-2.1",
+    resolution=2048,
+    variant_of=variant_of,
+    # sd-scripts' inference script: 50 steps at 3.5; APG from step 5, where letters are drawn from step 38.
+    sampling={"sample_steps": 50, "scale": 3.5},
+    inference_options=(
+        Option("vae_chunk_size", "int", None, "rows that the VAE convolves at a time; 16 is a good value", low=1),
+        Option("apg_start_step_general", "int", 5, "last step of classifier-free guidance, then APG"),
+        Option("apg_start_step_ocr", "int", 38, "the same for prompts with quoted text"),
+        Option("guidance_rescale", "float", 0.0, "rescale the guidance before APG, 0..1"),
+        Option("guidance_rescale_apg", "float", 0.0, "rescale the guidance of APG, 0..1"),
+    ),
+    guide=guide,
+)
