@@ -8,19 +8,21 @@ the configuration file.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library import options as option_machinery
-from library.errors import ConfigError, run
+from library.errors import ConfigError, Interrupted, run
+from library.stops import Stops
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from library.batches import Batch
+    from library.batches import Batch, Step
     from library.options import Options
     from library.strategies import Encoders
 
@@ -37,9 +39,15 @@ class NetworkTrainer:
         self.family, self.dataset, self.resumed = self.plan.family, self.plan.dataset, self.plan.position
 
     def run(self) -> None:
-        self.setup()
-        self.train()
-        self.finish()
+        main = os.environ.get("RANK", "0") == "0"
+        with Stops(self.plan.output_dir, looks=main, say=print if main else lambda text: None) as self.stops:
+            self.setup()
+            try:
+                self.train()
+            except Interrupted:
+                self.finish()
+                raise
+            self.finish()
 
     # ---------------------------------------------------------------- before the loop
 
@@ -60,7 +68,8 @@ class NetworkTrainer:
         if self.plan.resume:
             from library.state import load_state
 
-            load_state(self.plan.resume, self.trained, self.optimizer, self.scheduler, self.scaler)
+            load_state(self.plan.resume, self.trained, self.stateful)
+            self.runtime.wait("resuming")
         self._prepare_outputs()
 
     def _prepare_conditions(self) -> None:
@@ -80,7 +89,7 @@ class NetworkTrainer:
         )
         if runtime.is_main:
             self._report_truncations()
-        runtime.wait()
+        runtime.wait("caching")
         self.sample_conds = self._sample_conditions(encoders)
         runtime.release(keep_text=not self.text.cached, keep_vae=not self.latents.cached)
 
@@ -140,6 +149,7 @@ class NetworkTrainer:
 
         from library import optim
         from library.batches import Loader
+        from library.ema import Average
 
         options, runtime = self.options, self.runtime
         groups = runtime.parameter_groups(self.network, self.denoiser)
@@ -158,11 +168,19 @@ class NetworkTrainer:
         self.optimizer = optim.create_optimizer(options, groups)
         self.scheduler = optim.create_scheduler(options, self.optimizer, self.plan.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
+        self.stateful = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        self.average = Average(self.trained, options.ema_decay) if options.ema_decay else None
+        if self.average is not None:
+            self.stateful["average"] = self.average
 
     def _prepare_outputs(self) -> None:
+        from library.health import Guard
         from library.outputs import Outputs
+        from library.processes import Agreement
 
+        self.agreement = Agreement(self.runtime.world)
         self.outputs = Outputs(self)
+        self.guard = Guard(self, self.outputs.end_badly)
 
     # ---------------------------------------------------------------- the loop
 
@@ -172,15 +190,17 @@ class NetworkTrainer:
 
         outputs, total = self.outputs, self.plan.total_steps
         outputs.before_training()
+        self.stops.in_loop = True  # from here on a stop waits for the end of the step
         for step in self.loader(self.position.step):
             outputs.step_begins()
             optim.train_mode(self.optimizer)
             if self.network is not None:
                 self.network.on_epoch_start([], self.denoiser)  # train mode; cheap, and samples may have left it
             losses = [self._micro_step(batch, step.number, k) for k, batch in enumerate(step.batches)]
-            norm = self._update()
+            outputs.after_backward()
+            loss, norm = self._update(step, losses)
             self.position.step, self.position.epoch = step.number + 1, step.epoch
-            outputs.after_step(losses, norm, last=self.position.step == total)
+            outputs.after_step(loss, norm, self.agreement.granted, last=self.position.step == total)
 
     def _micro_step(self, batch: Batch, number: int, index: int) -> Tensor:
         """Forward and backward of one batch; returns its share of the step's loss, still on the device."""
@@ -229,22 +249,25 @@ class NetworkTrainer:
         draws.noise = self.family.objective.shape_noise(draws.noise, draws.shapes, x0, options)
         return x0, conds, draws
 
-    def _update(self) -> Tensor:
-        """All-reduce, unscale, clip, optimizer, scheduler; returns the gradient norm, still on the device."""
+    def _update(self, step: Step, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All-reduce, unscale, clip, optimizer, scheduler; returns loss and gradient norm, still on the device."""
         import torch
 
         options = self.options
         self.runtime.reduce_gradients(self.parameters)
+        loss = sum(losses) if losses else torch.zeros((), device=self.device)
+        loss = self.agreement.sum(loss, self.stops.wishes())
         self.scaler.unscale_(self.optimizer)
         limit = options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.guard.step(step, loss, norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if options.scale_weight_norms and self.network is not None:
             self.network.apply_max_norm_regularization(options.scale_weight_norms, self.device)
-        return norm
+        if self.average is not None:
+            self.average.update()
+        return loss, norm
 
     # ---------------------------------------------------------------- what is written
 

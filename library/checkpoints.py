@@ -34,6 +34,7 @@ TORCH_DTYPES = {
     "BOOL": "bool",
 }  # fmt: skip
 
+BLOCK = 16 * 1024**2  # bytes that are compared at a time
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
@@ -354,42 +355,81 @@ def save_part(
 
 
 def save(tensors: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file: temporary file, fsync, re-opened and compared, then renamed.
+    """Write a safetensors file: temporary file, fsync, re-read and compared byte by byte, then renamed.
 
     Raises DiskError when the disk is too small (found before writing) or cannot be written; nothing that has
     the final name is ever incomplete, and an older file of that name stays until the new one is whole.
     """
-    from safetensors import SafetensorError  # what its writer raises when the disk is full
     from safetensors.torch import save_file
 
     path = Path(path)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    check_writable(path.parent, size)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    check_writable(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
+    with publishing(path) as partial:
         ready = {key: t.detach().to("cpu").contiguous() for key, t in tensors.items()}
         save_file(ready, partial, metadata={str(k): str(v) for k, v in (metadata or {}).items()})
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~UMASK)  # safetensors writes files that only their owner can read
+        flush(partial)
         _verify(partial, ready)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """A temporary place (`.x.partial/<final name>`) that becomes `path` when the block ends without an error.
+
+    Whoever writes a weight file, a foreign network module too, writes it in here: on the disk before it gets its
+    name, and only if its header is whole. Raises DiskError for whatever the disk refuses.
+    """
+    from safetensors import SafetensorError  # what its writer raises when the disk is full
+
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        folder.mkdir(parents=True)
+        yield folder / path.name
+        flush(folder / path.name)
+        _whole(folder / path.name)
+        os.chmod(folder / path.name, 0o666 & ~UMASK)  # safetensors writes files that only their owner can read
+        os.replace(folder / path.name, path)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise DiskError(
-            f"{path} could not be written ({getattr(error, 'strerror', None) or error}); make room or change the folder"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise DiskError(f"{path} could not be written ({reason}); make room or change the folder") from None
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _whole(path: Path) -> None:
+    try:
+        read_header(path)
+    except ConfigError as error:
+        raise DiskError(f"what was written is not whole: {error}") from None
+
+
+def flush(path: Path) -> None:
+    """Onto the disk, and out of the system's memory, so that reading it back reads the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _verify(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Compare a file with what was written into it; plain reads, because a failing disk kills a memory map's reader."""
+    import numpy as np
+    import torch
+
     header = read_header(path)
     if header.shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
         raise DiskError(f"{path} was written but reads back differently; the disk may be failing")
+    with open(path, "rb") as file:
+        for key, info in header.tensors.items():
+            file.seek(header.data_start + info.start)
+            data = tensors[key].reshape(-1).view(torch.uint8).numpy()
+            for start in range(0, len(data), BLOCK):
+                wanted = data[start : start + BLOCK]
+                if not np.array_equal(np.frombuffer(file.read(len(wanted)), np.uint8), wanted):
+                    raise DiskError(f"{path}: {key} was written but reads back differently; the disk may be failing")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable where the system has directory handles (not on Windows)."""
     if hasattr(os, "O_DIRECTORY"):  # absent on Windows, where the rename itself is durable enough
         handle = os.open(folder, os.O_DIRECTORY)

@@ -1,6 +1,6 @@
 """What can go wrong for a user: one sentence (what, which value, what to do) and an exit code of its own.
 
-Exit codes: 2 configuration, 3 dataset, 4 out of memory, 5 non-finite loss, 6 disk, 130 interrupted.
+Exit codes: 2 configuration, 3 dataset, 4 out of memory, 5 non-finite loss, 6 disk, 7 another process, 130 interrupted.
 A `UserError` ends a program without a traceback; any other exception is ours and keeps its traceback.
 """
 
@@ -35,7 +35,15 @@ class DiskError(UserError):
     exit_code = 6
 
 
+class ProcessError(UserError):
+    """Another process of this run has ended or does not answer."""
+
+    exit_code = 7
+
+
 class Interrupted(UserError):
+    """The run was asked to stop; it is no fault."""
+
     exit_code = 130
 
 

@@ -153,6 +153,8 @@ def create_optimizer(options: Options, groups: list[dict[str, Any]]) -> Optimize
         arguments["lr"] = None
     elif "lr" in _parameters(cls)[0] or _parameters(cls)[1]:
         arguments["lr"] = options.learning_rate
+    if _can_fuse(cls, arguments, groups):
+        arguments["fused"] = True
     if is_lr_free(options.optimizer_type) and len(rates - {0.0}) > 1:
         raise ConfigError(f"--optimizer_type {options.optimizer_type} finds one learning rate for all parameters, but "
                           f"the groups have {', '.join(f'{rate:g}' for rate in sorted(rates))}; "
@@ -162,6 +164,15 @@ def create_optimizer(options: Options, groups: list[dict[str, Any]]) -> Optimize
     except (TypeError, ValueError, AssertionError) as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ConfigError(f"--optimizer_type {options.optimizer_type} refuses {shown}: {error}") from error
+
+
+def _can_fuse(cls: type, arguments: Mapping[str, Any], groups: list[dict[str, Any]]) -> bool:
+    """torch's fused kernels: the same mathematics in one kernel, without a temporary copy of all weights, and able to
+    skip a step on the device (see library.health). Left alone where the user chose an implementation."""
+    chosen = {"fused", "foreach", "capturable", "differentiable"} & arguments.keys()
+    parameters = [p for group in groups for p in group["params"]]
+    good = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return cls.__module__.startswith("torch.optim") and cls.__name__ in ("Adam", "AdamW", "SGD") and good and not chosen
 
 
 def _check_relative_step(options: Options, rates: set[float]) -> None:

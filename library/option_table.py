@@ -86,6 +86,7 @@ CACHING = _group(
 SAVING = _group(
     "Output",
     Opt("output_dir", "output", None, "folder of everything that is written"),
+    Opt("fallback_output_dir", "output", None, "folder on another disk, used while the disk of --output_dir is full"),
     Opt("output_name", "str", "last", "name of the files, without extension"),
     Opt("save_model_as", "str", "safetensors", "file format; safetensors is the only one"),
     Opt(
@@ -142,7 +143,13 @@ RUN = _group(
     # sd-scripts draws a seed of its own in every process; a fixed one makes every run repeatable
     Opt("seed", "int", 42, "of everything random", low=0, high=2**32 - 1),
     Opt("dump_batch_at_step", "int", None, "write the tensors of this optimizer step (from 1) to a file", low=1),
-    Opt("ddp_timeout", "int", None, "minutes that processes wait for each other", low=1),
+    Opt(
+        "ddp_timeout",
+        "int",
+        None,
+        "minutes that processes wait for one that gives no sign of life; 10 if not set",
+        low=1,
+    ),
 )
 
 OPTIMIZER = _group(
@@ -151,6 +158,14 @@ OPTIMIZER = _group(
     Opt("optimizer_args", "args", None, "arguments of the optimizer"),
     Opt("learning_rate", "float", 2e-6, "learning rate", low=0),
     Opt("unet_lr", "float", None, "learning rate of the denoiser's network", low=0),
+    Opt(
+        "ema_decay",
+        "float",
+        None,
+        "keep an average of the weights too, 0.999 for instance",
+        low=0,
+        high=1,
+    ),
     Opt("max_grad_norm", "float", 1.0, "clip gradients at this norm; 0 = never", low=0),
     Opt("lr_scheduler", "str", "constant", "constant, constant_with_warmup, linear, cosine, ... or adafactor:LR"),
     Opt("lr_scheduler_type", "str", None, "class of torch.optim.lr_scheduler or module.Class, instead"),

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library import optim, report, state, trackers
+import torch
+
+from library import optim, report, state, stops, trackers
 from library.dump import dump_batch
-from library.errors import NonFiniteError
+from library.errors import DiskError, Interrupted, NonFiniteError
+from library.health import Late
 from library.metadata import save_metadata, training_metadata
-from library.saving import Schedule, file_name, prune
+from library.saving import Saves, Schedule, file_name
+from library.updates import Updates
 from library.validation import Validation
 
 if TYPE_CHECKING:
@@ -40,9 +44,14 @@ class Outputs:
         self.samples = self._sample_run() if self._main and trainer.prompts else None
         self.base_metadata = self._metadata() if self._main else {}
         self.pending: tuple | None = None  # the step whose numbers are still on the device
-        self.saved: list[Path] = []
-        self.key_line, self.last_loss = "", math.nan
+        self.last_loss, self.last_norm = math.nan, math.nan
         self.dumped = False
+        self.captured: list[tuple] | None = None  # what a step hands to the dump, while one is computed again
+        self.first_number = trainer.position.step
+        self.updates = Updates(trainer)
+        if self._main:
+            state.recover(self.folder, self.name)
+            self.saves = Saves(trainer, self.say)
         if self._main and self.options.log_with:
             self.runtime.accelerator.init_trackers(
                 config=self._tracker_config(), **trackers.init_arguments(self.options)
@@ -75,6 +84,7 @@ class Outputs:
         self.step_started = time.perf_counter()
         self.remaining = plan.total_steps - trainer.position.step
         if self._main:
+            self.say(self.saves.forecast())
             self.log.write(
                 step=trainer.position.step, event="first step begins", time=time.time(), seconds=self.runtime.seconds
             )
@@ -83,42 +93,68 @@ class Outputs:
         """The loader has handed over the step's data."""
         self.data_ready = time.perf_counter()
 
-    def after_step(self, losses: list[Tensor], norm: Tensor, *, last: bool) -> None:
+    def after_backward(self) -> None:
+        """Before the gradients of the processes are added up, which fills in what is missing."""
+        if self.trainer.position.step == self.first_number and (text := self.updates.without_gradient()):
+            self.say(text)
+
+    def after_step(self, loss: Tensor, norm: Tensor, wishes: stops.Wishes, *, last: bool) -> None:
         """Numbers of the step before this one are written now: reading this step's would wait for the device."""
         trainer, position = self.trainer, self.trainer.position
-        loss = self.runtime.sum(sum(losses) if losses else norm.new_zeros(()))
         self._write_pending()
         now = time.perf_counter()
         self.pending = (
             position.step,
             position.epoch,
-            loss,
-            norm,
+            Late(torch.stack([loss.detach().float(), norm.detach().float()])),
             {"data": self.data_ready - self.step_started, "step": now - self.data_ready},
             optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups),
         )
         self.step_started = now
-        busy = self.schedule.save_name(position.step), self.schedule.sample(position.step)
-        if last or any(busy) or (self.validation and self.schedule.validate(position.step)):
+        name = self.schedule.save_name(position.step)
+        if name is None and (wishes.save or wishes.stop) and not last:
+            name = file_name(self.name, step=position.step)
+        sample = self.schedule.sample(position.step) or wishes.sample or last
+        validate = self.validation is not None and self.schedule.validate(position.step)
+        if last or name or sample or validate:
             self._write_pending()
-            self._boundary(busy[0], sample=busy[1] or last, last=last)
+            trainer.guard.settle()
+            state = self.options.save_state or wishes.save or wishes.stop
+            self._boundary(name, state, sample=sample and not wishes.stop, validate=validate, last=last)
             self.step_started = time.perf_counter()
+        if wishes.stop and not last:
+            self._stopped()
+        if text := self.updates.idle(position.step, self.first_number, self.last_norm):
+            self.say(text)
+
+    def _stopped(self) -> None:
+        step, total = self.trainer.position.step, self.trainer.plan.total_steps
+        way = f"\n  {stops.resume_command(self.saves.last_state)}" if self._main else ""
+        raise Interrupted(f"stopped after step {step} of {total}, nothing is lost; continue with:{way}")
+
+    def end_badly(self, message: str) -> None:
+        """Three steps in a row gave no numbers: the weights are those before them; keep these and end the run."""
+        if self._main:
+            self.saves.state()
+            path = self.folder / file_name(self.name, step=self.trainer.position.step)
+            optim.eval_mode(self.trainer.optimizer)
+            self._save(path.name, must=False)
+        self.runtime.wait("saving")
+        where = f"; the last good state is {self.saves.last_state}" if self._main else ""
+        raise NonFiniteError(message + where)
 
     def _write_pending(self) -> None:
         if self.pending is None:
             return
-        step, epoch, loss, norm, seconds, rates = self.pending
+        step, epoch, late, seconds, rates = self.pending
         self.pending = None
         position = self.trainer.position
-        loss, norm = float(loss), float(norm)
-        if not math.isfinite(loss):  # before anything of it is saved
-            raise NonFiniteError(
-                f"the loss of step {step} is {loss}; it was not saved; lower --learning_rate, or use bf16 for fp16"
-            )
-        position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch :]
-        position.loss_average = sum(position.losses) / len(position.losses)
+        loss, norm = late.numbers()
+        if math.isfinite(loss):
+            position.losses = [*position.losses, loss][-self.trainer.plan.steps_per_epoch :]
+            position.loss_average = sum(position.losses) / len(position.losses)
         position.seconds += sum(seconds.values())
-        self.last_loss = loss
+        self.last_loss, self.last_norm = loss, norm
         done = step - (self.trainer.plan.total_steps - self.remaining)
         rate = (time.perf_counter() - self.first_step) / max(done, 1)
         eta = rate * (self.trainer.plan.total_steps - step)
@@ -148,47 +184,35 @@ class Outputs:
                     f"  {sum(seconds.values()):.2f} s  left {eta / 60:.1f} min"
                 )
 
-    def _boundary(self, save_name: str | None, *, sample: bool, last: bool) -> None:
-        """Saves first, then the state, then everything that may fail."""
-        trainer, position = self.trainer, self.trainer.position
-        optim.eval_mode(trainer.optimizer)
+    def _boundary(self, name: str | None, keep: bool, *, sample: bool, validate: bool, last: bool) -> None:
+        """The state and the weights first, verified; then what they replace is removed; then all that may fail."""
+        trainer = self.trainer
         if self._main:
-            name = file_name(self.name) if last else save_name
-            if name:
-                self._save(self.folder / name)
-            if (save_name and self.options.save_state) or (
-                last and (self.options.save_state or self.options.save_state_on_train_end)
-            ):
-                self._save_state()
-            for path in prune(self.options, self.folder, trainer.plan.steps_per_epoch, position.step) if name else []:
-                self.say(f"deleted {path.name} (--save_last_n_...)")
-        self.runtime.wait()
-        if self.validation and self.schedule.validate(position.step):
+            if (name and keep) or (last and (keep or self.options.save_state_on_train_end)):
+                self.saves.state()
+            optim.eval_mode(trainer.optimizer)
+            if (name or last) and self._save(file_name(self.name) if last else name, must=last):
+                self.saves.prune()
+        optim.eval_mode(trainer.optimizer)
+        if validate:
             self._validate()
         if sample and self.samples:
-            self._sample(position.step)
+            self._sample(trainer.position.step)
         optim.train_mode(trainer.optimizer)
+        self.runtime.wait("saving and sampling")
 
-    def _save(self, path: Path) -> None:
+    def _save(self, name: str, *, must: bool) -> Path | None:
         position = self.trainer.position
         metadata = save_metadata(self.base_metadata, step=position.step, epoch=position.epoch + 1)
-        self.key_line = self.trainer.save(path, metadata)
-        self.saved.append(path)
-        self.say(f"saved {path.name}: {self.key_line}")
+        path = self.saves.weights(name, metadata, must=must)
+        if path is not None:
+            self._guarded(self._tell_update, "measuring the update")
+        return path
 
-    def _save_state(self) -> None:
-        trainer = self.trainer
-        folder = state.state_path(self.folder, self.name, trainer.position.step)
-        state.save_state(
-            folder,
-            {k: v.detach().cpu().contiguous() for k, v in trainer.trained.items()},
-            trainer.optimizer,
-            trainer.scheduler,
-            trainer.scaler,
-            trainer.position,
-            self.options.as_dict(),
-        )
-        self.say(f"state {folder.name}: continue with --resume {folder}")
+    def _tell_update(self) -> None:
+        line, numbers = self.updates.line()
+        self.log.write(step=self.trainer.position.step, update=numbers)
+        self.say(line)
 
     def _validate(self) -> None:
         values = self.validation.run()
@@ -242,11 +266,16 @@ class Outputs:
 
     def maybe_dump(self, batch: Any, *tensors: Any) -> None:
         """--dump_batch_at_step N: the first batch of optimizer step N (counted from 1), once."""
-        if self.options.dump_batch_at_step == self.trainer.position.step + 1 and not self.dumped and self._main:
+        if self.captured is not None:
+            self.captured.append(tensors)
+        elif self.options.dump_batch_at_step == self.trainer.position.step + 1 and not self.dumped and self._main:
             self.dumped = True
             path = self.folder / f"{self.name}-batch-step{self.options.dump_batch_at_step}.safetensors"
-            dump_batch(path, self.trainer.family, batch, *tensors)
-            self.say(f"dumped the batch of step {self.options.dump_batch_at_step} to {path.name}")
+            try:
+                dump_batch(path, self.trainer.family, batch, *tensors)
+                self.say(f"dumped the batch of step {self.options.dump_batch_at_step} to {path.name}")
+            except DiskError as error:
+                self.say(f"warning: the batch was not dumped: {error}")
 
     # ---------------------------------------------------------------- at the end
 
@@ -267,7 +296,7 @@ class Outputs:
             "trained": f"{sum(p.numel() for p in trainer.parameters):,} parameters",
             "optimizer steps": str(trainer.position.step),
             "loss, average of the last pass over the data": f"{trainer.position.loss_average:.4f}",
-            "keys": self.key_line,
+            "keys": self.saves.key_line,
             **{f"seconds: {name}": f"{value:.1f}" for name, value in self.runtime.seconds.items()},
             **self._style(),
         }
@@ -279,7 +308,7 @@ class Outputs:
             plan=plan.text,
             options=self.options.report(),
             log=self.log.path,
-            files=self.saved,
+            files=self.saves.written,
             grid=self.samples.grid_path if self.samples else None,
         )
         self.say(f"report: {path}")

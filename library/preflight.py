@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library import state, trackers
+from library import provenance, state, trackers
 from library.checkpoints import check_part, check_writable, path_of
 from library.components.tokenizers import check_tokenizers
 from library.data.dataset import Dataset, prepare
@@ -31,6 +31,7 @@ class Plan:
     steps_per_epoch: int
     total_steps: int
     position: state.Position
+    origin: state.Origin = field(default_factory=lambda: state.Origin({}))
     resume: Path | None = None
     changed_options: list[str] = field(default_factory=list)
     base_weights: list[tuple[str, float]] = field(default_factory=list)
@@ -60,6 +61,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
     plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
     plan.base_weights = _base_weights(options)
+    plan.origin = origin(options, family, dataset)
     if options.resume:
         _resume(options, plan)
     plan.text = table(options, plan)
@@ -140,15 +142,24 @@ def estimate_bytes(options: Options) -> int:
     return size * (4 if options.save_state or options.save_state_on_train_end else 1)
 
 
+def origin(options: Options, family: Family, dataset: Dataset) -> state.Origin:
+    """What the run is made from, for its training states."""
+    names = {part.option for part in family.parts} | {part.tokenizer.option for part in family.parts if part.tokenizer}
+    inputs = provenance.named_inputs((name, getattr(options, name)) for name in sorted(names))
+    return state.Origin(options.as_dict(), inputs, provenance.data_mark(dataset), provenance.versions())
+
+
 def _resume(options: Options, plan: Plan) -> None:
-    folder = state.find_state(options.resume, plan.output_dir, options.output_name)
+    folders = [plan.output_dir, *([Path(options.fallback_output_dir)] if options.fallback_output_dir else [])]
+    folder, notes = state.find_state(options.resume, folders, options.output_name)
+    plan.warnings += notes
     if folder is None:
         plan.warnings.append(
             f"--resume auto: no complete state of '{options.output_name}' in {plan.output_dir}; starting anew"
         )
         return
     plan.resume = folder
-    plan.position, plan.changed_options = state.read_state(folder, options.as_dict(), bool(options.resume_anyway))
+    plan.position, plan.changed_options = state.read_state(folder, plan.origin, bool(options.resume_anyway))
     if plan.position.step >= plan.total_steps:
         raise ConfigError(
             f"--resume {folder}: it stands at step {plan.position.step} of {plan.total_steps}, "
@@ -168,9 +179,10 @@ def table(options: Options, plan: Plan) -> str:
     )
     lines.append(f"written to: {plan.output_dir} as {options.output_name}.safetensors")
     if plan.resume:
+        epoch, batch = divmod(plan.position.step, plan.steps_per_epoch)
         lines.append(
-            f"resuming {plan.resume}: step {plan.position.step}, epoch {plan.position.epoch + 1}, "
-            f"loss average {plan.position.loss_average:.4f}"
-            + (f"; changed options: {', '.join(plan.changed_options)}" if plan.changed_options else "")
+            f"resuming {plan.resume}: step {plan.position.step} (epoch {epoch + 1}, step {batch} of "
+            f"{plan.steps_per_epoch} in it), loss average {plan.position.loss_average:.4f}"
         )
+        lines += [f"  changed: {one}" for one in plan.changed_options]
     return "\n".join(lines + [f"note: {warning}" for warning in plan.warnings])

@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from library.errors import ConfigError
 from library.memory.base_networks import add_network
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe, text_recipe
+from library.processes import TIMEOUT, Processes, all_reduce
 
 if TYPE_CHECKING:
     from library.batches import Draws
@@ -43,11 +45,7 @@ class Runtime:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
         self.options, self.family, self.seconds = options, family, {}
-        handlers = []
-        if options.ddp_timeout:
-            from datetime import timedelta
-
-            handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout)))
+        handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout or TIMEOUT))]
         self.accelerator = Accelerator(
             log_with=trackers.tracker_names(options) or None,
             project_dir=trackers.project_dir(options),
@@ -58,6 +56,7 @@ class Runtime:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+        self.processes = Processes(self.rank, self.world, options.ddp_timeout)
         by_launcher = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
         if self.device.type == "cpu" and by_launcher:
             # `accelerate launch` sets one thread unless told otherwise, which suits the host of a GPU, not a CPU run.
@@ -75,9 +74,9 @@ class Runtime:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def wait(self) -> None:
-        if self.world > 1:
-            self.accelerator.wait_for_everyone()
+    def wait(self, name: str) -> None:
+        """For the other processes, however long their work takes while they live."""
+        self.processes.wait(name)
 
     @property
     def is_main(self) -> bool:
@@ -249,14 +248,8 @@ class Runtime:
             if p.grad is None:  # a process without a batch in the last step of an epoch still takes part
                 p.grad = torch.zeros_like(p)
         flat = torch._utils._flatten_dense_tensors([p.grad for p in parameters])
-        torch.distributed.all_reduce(flat)
+        all_reduce(flat)
         for p, grad in zip(
             parameters, torch._utils._unflatten_dense_tensors(flat, [p.grad for p in parameters]), strict=True
         ):
             p.grad.copy_(grad)
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum of a scalar over the processes."""
-        if self.world > 1:
-            torch.distributed.all_reduce(value)
-        return value

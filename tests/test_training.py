@@ -200,7 +200,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(toy, pictures,
 
     extra = ("--max_train_steps", "20", "--learning_rate", "1e30", "--max_grad_norm", "0", "--optimizer_type", "SGD")
     done = launch(*arguments(toy, pictures, tmp_path, *extra))
-    assert done.returncode == 5 and "the loss of step" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 5 and "the loss of 3 steps in a row" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run.safetensors").exists()
 
 
