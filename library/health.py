@@ -132,8 +132,10 @@ class Guard:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if tensors is not None:
-                facts["sigma"] = [float(one) for one in tensors[2].flatten()]
-                facts["loss"] = [float(one) if math.isfinite(one) else str(float(one)) for one in tensors[6].flatten()]
+                facts["sigma"] = [float(one) for one in tensors[2].detach().flatten()]
+                facts["loss"] = [
+                    float(one) if math.isfinite(one) else str(float(one)) for one in tensors[6].detach().flatten()
+                ]
                 dump_batch(folder / "batch.safetensors", self.trainer.family, batch, *tensors)
             text = json.dumps(facts, ensure_ascii=False, indent=1, default=str)
             (folder / "batch.json").write_text(text, encoding="utf-8")

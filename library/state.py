@@ -92,8 +92,9 @@ def save_state(
         for name, part in parts.items():
             files[f"{name}.pt"] = _write_part(partial / f"{name}.pt", part.state_dict())
         content = {"version": VERSION, "position": asdict(position), **asdict(origin), "files": files}
+        content = json.loads(json.dumps(content, default=str))
         with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, default=str)
+            json.dump({**content, "checksum": _self_check(content)}, file, indent=1)
         checkpoints.flush(partial / MANIFEST)
         checkpoints.sync_folder(partial)
         _publish(partial, folder)
@@ -103,6 +104,12 @@ def save_state(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _self_check(content: Mapping[str, Any]) -> int:
+    """Checksum of a manifest, its own entry left out."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _publish(partial: Path, folder: Path) -> None:
@@ -196,6 +203,8 @@ def damage(folder: Path) -> str:
     """What is wrong with a state, in words; "" if every file has the size and checksum that it was written with."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("version") == VERSION and manifest["checksum"] != _self_check(manifest):
+            return f"{MANIFEST} is damaged"
         for file, (size, crc) in manifest.get("files", {}).items():
             if Path(file).name != file:
                 return f"{MANIFEST} points outside of its folder ({file!r})"
@@ -204,7 +213,7 @@ def damage(folder: Path) -> str:
                 return f"{file} is damaged" if found[0] == size else f"{file} has {found[0]} bytes of {size}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return ""
 
