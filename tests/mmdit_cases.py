@@ -19,6 +19,7 @@ GOLDENS = (
     # "odd" and "edit_big" are ComfyUI's positions, which differ from Qwen's own code: see the tests of Qwen-Image.
     Golden("qwen_image", "qwen_image", ("plain", "padded", "edit", "edit_plus")),
     Golden("qwen_image_2511", "qwen_image", ("plain", "edit", "edit_plus"), variant="2511"),
+    Golden("chroma", "chroma", ("ragged", "plain")),
 )
 ALL_FORMS = ("comfy", "kohya", "diffusers")
 FLUX = "convert_flux_transformer_checkpoint_to_diffusers"
@@ -29,4 +30,5 @@ FULL_SIZE = (
     FullSize("flux_kontext", "flux", "dev", FLUX, ALL_FORMS),
     FullSize("qwen_image", "qwen_image", forms=ALL_FORMS),
     FullSize("qwen_image_edit_2511", "qwen_image", "2511", forms=ALL_FORMS),
+    FullSize("chroma", "chroma", "", "convert_chroma_transformer_checkpoint_to_diffusers", ALL_FORMS),
 )

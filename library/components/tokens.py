@@ -42,6 +42,13 @@ def grid(
     return place.flatten(0, 1)
 
 
+def key_mask(text_mask: Tensor | None, after: Tensor) -> Tensor | None:
+    """bool [B,1,1,T+N]: the mask [B,T] of a text, and all N tokens [B,N,..] that follow it. None if there is none."""
+    from torch.nn import functional as F
+
+    return None if text_mask is None else F.pad(text_mask, (0, after.shape[1]), value=True)[:, None, None]
+
+
 def rope_axes(head: int) -> list[int]:
     """How index, row and column share the rotary width of a head: 16, 56, 56 of 128."""
     side = 2 * (head * 7 // 32)

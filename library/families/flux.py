@@ -137,15 +137,15 @@ def _of_one_size(
     denoiser: torch.nn.Module, guidance: float, bypass: bool, method: str, noisy: Tensor, sigma: Tensor, conds: list
 ) -> Tensor:
     import torch
-    from torch.nn import functional as F
 
     from library.checkpointing import exact_times
 
     dtype, device, (height, width) = denoiser.x_embedder.weight.dtype, noisy.device, noisy.shape[-2:]
     texts, others = [cond["text"].to(dtype) for cond in conds], tokens.references(conds)
-    text, mask = ragged.pad(texts), ragged.mask(texts)
+    text = ragged.pad(texts)
     controls = noisy.new_zeros(len(noisy), denoiser.config.in_channels // 4 - noisy.shape[1], height, width)
     hidden = torch.cat([tokens.pack(torch.cat([noisy, controls], 1)), *map(tokens.pack, others)], 1).to(dtype)
+    keys = tokens.key_mask(ragged.mask(texts), hidden)
     places = [tokens.grid(height // 2, width // 2, device)]
     for picture, (index, top, left) in zip(others, placing(others, method), strict=True):
         rows, columns = picture.shape[-2] // 2, picture.shape[-1] // 2
@@ -163,7 +163,7 @@ def _of_one_size(
             torch.cat(places),
             torch.zeros(text.shape[1], 3, device=device),
             scale,
-            None if mask is None else {"attention_mask": F.pad(mask, (0, hidden.shape[1]), value=True)[:, None, None]},
+            None if keys is None else {"attention_mask": keys},
             return_dict=False,
         )[0]
     return tokens.unpack(out, height, width).float()
