@@ -4,9 +4,10 @@ import pytest
 import torch
 from denoiser_cases import Transfers
 from dit_cases import GOLDENS
-from oracles import load, relative
+from oracles import golden, golden_metadata, load, relative, weights_of
 
 from library.checkpointing import checkpoint_blocks
+from networks import lora
 
 EVERY_CASE = [pytest.param(g, case, id=f"{g.file}-{case}") for g in GOLDENS for case in g.cases]
 EVERY_FILE = [pytest.param(g, id=g.file) for g in GOLDENS]
@@ -29,6 +30,22 @@ def test_a_lora_in_the_files_own_coordinates_gives_the_independent_implementatio
         out = file.run(file.model(tmp_path, with_lora=True), case)
     assert relative(out, expected) < file.tolerance
     assert relative(file.output(case), expected) > 1e-3
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_comfyui_lora_attached_to_the_model_gives_that_output_too(file, tmp_path):
+    if not file.has_lora:
+        pytest.skip("the golden file has no LoRA")
+    model, case = file.model(tmp_path), file.cases[-1]
+    weights = {f"diffusion_model.{key}": value for key, value in weights_of(golden(file.file), "lora.").items()}
+    scale = float(golden_metadata(file.file)["lora_scale"])
+    for key in [key for key in weights if key.endswith("lora_A.weight")]:
+        weights[key.replace("lora_A.weight", "alpha")] = torch.tensor(scale * weights[key].shape[0])
+    network, _ = lora.create_network_from_weights(1.0, None, None, None, model, weights_sd=weights)
+    network.apply_to(None, model, False, True)
+    network.load_tensors(weights, "golden")
+    with torch.no_grad():
+        assert relative(file.run(model, case), file.output(case, "out_lora")) < file.tolerance
 
 
 @pytest.mark.parametrize("file", [f for f in EVERY_FILE if f.values[0].ragged])
@@ -180,6 +197,23 @@ def test_text_to_video_and_image_to_video_can_be_in_one_batch(tmp_path):
         out = file.module.predict(model, file.noisy("out_i2v", inputs), file.sigma("out_i2v", inputs), conds)
     assert relative(out[0], file.output("out_i2v")[0]) < file.tolerance
     assert relative(out[1], file.output("out_t2v_textonly")[1]) < file.tolerance
+
+
+@pytest.mark.parametrize("name", ["wan22_ti2v", "ltx_091"])
+def test_items_with_and_without_a_first_frame_can_be_in_one_batch(name, tmp_path):
+    file = golden_of(name)
+    model, case = file.model(tmp_path), file.cases[-1]
+    inputs = file.inputs(case)
+    noisy, sigma, conds = inputs["x"], file.sigma(case, inputs), file.conds(case, inputs)
+    assert "first_frame" in conds[0]
+    conds[1] = {key: value for key, value in conds[1].items() if key != "first_frame"}
+    with torch.no_grad():
+        both = file.module.predict(model, noisy, sigma, conds, **file.options)
+        each = [
+            file.module.predict(model, noisy[k : k + 1], sigma[k : k + 1], [conds[k]], **file.options) for k in (0, 1)
+        ]
+    assert relative(both, torch.cat(each)) < 1e-5
+    assert relative(both[0], file.output(case)[0]) < file.tolerance
 
 
 def test_wan_models_of_first_and_last_frame_see_the_features_of_both(tmp_path):

@@ -101,6 +101,7 @@ CONVERTERS = {
     "wan_i2v_14b": "convert_wan_transformer_to_diffusers",
     "wan22_ti2v_5b": "convert_wan_transformer_to_diffusers",
     "lumina_2": "convert_lumina2_to_diffusers",
+    "hidream": "convert_hidream_transformer_to_diffusers",
     "ltx_video": "convert_ltx_transformer_checkpoint_to_diffusers",
     "hunyuan_video": "convert_hunyuan_video_transformer_to_diffusers",
     "auraflow": "convert_auraflow_transformer_checkpoint_to_diffusers",
@@ -151,3 +152,37 @@ def test_models_that_continue_videos_are_named_and_not_taken_for_others(family, 
     found = identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
     assert module_of(key).DENOISER.recognise(shapes) is None
     assert (found.family, found.variant) == (family, "video2world")
+
+
+# ComfyUI's name of what no shape shows -> ours, and how its value is ours.
+FACTS = {
+    "num_heads": ("num_attention_heads", int),
+    "n_heads": ("num_attention_heads", int),
+    "num_attention_heads": ("num_attention_heads", int),
+    "attention_head_dim": ("attention_head_dim", int),
+    "n_kv_heads": ("num_kv_heads", int),
+    "num_kv_heads": ("num_kv_heads", int),
+    "axes_dims": ("axes_dim_rope", tuple),
+    "axes_dim_rope": ("axes_dim_rope", tuple),
+    "axes_dims_rope": ("axes_dims_rope", tuple),
+    "axes_dim": ("rope_axes_dim", tuple),
+    "theta": ("rope_theta", float),
+    "llama_layers": ("llama_layers", list),
+    "num_activated_experts": ("num_activated_experts", int),
+    "num_routed_experts": ("num_routed_experts", int),
+    "caption_channels": ("caption_channels", list),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_no_shape_shows_is_what_comfyui_detects(name):
+    content, part = read_json(f"layouts/{name}"), module_of(name).DENOISER
+    shapes = {key: tuple(shape) for key, shape in content["keys"].items()}
+    mine, theirs = part.config(shapes, {}, part.recognise(shapes)), content["comfy_config"]
+    facts = {ours: (mine[ours], kind(theirs[key])) for key, (ours, kind) in FACTS.items() if key in theirs}
+    if "rope_t_extrapolation_ratio" in theirs:
+        facts["rope_scale"] = (mine["rope_scale"], tuple(theirs[f"rope_{axis}_extrapolation_ratio"] for axis in "thw"))
+    assert [key for key, (a, b) in facts.items() if a != b] == []
+    assert facts or name == "auraflow"
+    if name == "auraflow":  # ComfyUI's defaults, which are the published models'
+        assert (mine["num_attention_heads"], mine["attention_head_dim"]) == (12, 256)
