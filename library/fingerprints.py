@@ -84,6 +84,11 @@ VARIANTS: tuple[tuple[str, str, str, tuple[int | None, ...]], ...] = (
     ("flux", "dev", "time_text_embed.guidance_embedder.linear_1.weight", (None, None)),
     ("flux", "schnell", "vector_in.in_layer.weight", (None, None)),
     ("flux", "schnell", "time_text_embed.text_embedder.linear_1.weight", (None, None)),
+    *(
+        ("flux2", name, key, (width, None))
+        for name, width in (("dev", 6144), ("klein 4B", 3072), ("klein 9B", 4096))
+        for key in ("img_in.weight", "x_embedder.weight")
+    ),
     ("cosmos", "7B", "x_embedder.proj.1.weight", (4096, 68)),
     ("cosmos", "14B", "x_embedder.proj.1.weight", (5120, 68)),
     ("cosmos", "video2world", "x_embedder.proj.1.weight", (None, 72)),

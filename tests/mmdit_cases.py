@@ -20,6 +20,8 @@ GOLDENS = (
     Golden("qwen_image", "qwen_image", ("plain", "padded", "edit", "edit_plus")),
     Golden("qwen_image_2511", "qwen_image", ("plain", "edit", "edit_plus"), variant="2511"),
     Golden("chroma", "chroma", ("ragged", "plain")),
+    Golden("flux2", "flux2", ("plain", "edit2")),
+    Golden("flux2_klein", "flux2", ("plain", "edit2")),
 )
 ALL_FORMS = ("comfy", "kohya", "diffusers")
 FLUX = "convert_flux_transformer_checkpoint_to_diffusers"
@@ -30,5 +32,8 @@ FULL_SIZE = (
     FullSize("flux_kontext", "flux", "dev", FLUX, ALL_FORMS),
     FullSize("qwen_image", "qwen_image", forms=ALL_FORMS),
     FullSize("qwen_image_edit_2511", "qwen_image", "2511", forms=ALL_FORMS),
+    FullSize("flux2", "flux2", "dev", "convert_flux2_transformer_checkpoint_to_diffusers"),
+    FullSize("flux2_klein_4b", "flux2", "klein 4B", "convert_flux2_transformer_checkpoint_to_diffusers"),
+    FullSize("flux2_klein_9b", "flux2", "klein 9B", "convert_flux2_transformer_checkpoint_to_diffusers"),
     FullSize("chroma", "chroma", "", "convert_chroma_transformer_checkpoint_to_diffusers", ALL_FORMS),
 )
