@@ -204,6 +204,10 @@ def _check_optimizer(options: Options) -> None:
     kind = options.optimizer_type
     if not is_lr_free(kind):
         return
+    if optimizer_name(kind) == "dadaptsgd" and options.lr_warmup_steps:
+        raise ConfigError(
+            f"--lr_warmup_steps {options.lr_warmup_steps}: DAdaptSGD cannot begin with a learning rate of 0; remove it"
+        )
     plus = [name for name in parse_pairs(options.network_args, "network_args") if name.startswith("loraplus_")]
     if plus:
         raise ConfigError(
