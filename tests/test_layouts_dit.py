@@ -186,3 +186,18 @@ def test_what_no_shape_shows_is_what_comfyui_detects(name):
     assert facts or name == "auraflow"
     if name == "auraflow":  # ComfyUI's defaults, which are the published models'
         assert (mine["num_attention_heads"], mine["attention_head_dim"]) == (12, 256)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_modulation_keeps_its_precision_whatever_the_names_of_the_file(name):
+    _, _, model, layout = full_size(name)
+    part, kept = module_of(name).DENOISER, {}
+    for other in part.layouts:
+        entries = Layout(other, checkpoints.rows_of(part, other, layout.shapes), layout.shapes).entries
+        words = [e for e in entries if any(word in e.theirs for word in part.high_precision)]
+        in_blocks = tuple(f"{block}." for block in module_of(name).BLOCKS)
+        kept[other] = {o for e in words for o in e.ours if o.startswith(in_blocks) and o.endswith(".weight")}
+    assert len({frozenset(names) for names in kept.values()}) == 1
+    linear = (torch.nn.Linear,)
+    assert all(isinstance(model.get_submodule(o.removesuffix(".weight")), linear) for o in kept["comfy"])
+    assert bool(kept["comfy"]) == (FILES[name] not in ("wan", "ltx_video")), "these have tables instead"

@@ -40,6 +40,8 @@ CARRIED = (  # counters and tables in NVIDIA's files
     "pos_embedder.",
 )  # fmt: skip
 BLOCKS = ("transformer_blocks",)
+# In names of every layout; of Cosmos 1.0 too.
+MODULATION = ("adaln_modulation", "adaLN_modulation", "norm1.linear_", "norm2.linear_", "norm3.linear_")
 PREFIXES = ("net.", "", "model.diffusion_model.", "diffusion_model.")
 
 

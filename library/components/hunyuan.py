@@ -67,6 +67,8 @@ GLYPHS = [
     ("byt5_in.layernorm", "byt5_in.layernorm", "context_embedder_2.norm"),
     *((f"byt5_in.fc{n}", f"byt5_in.fc{n}", f"context_embedder_2.linear_{n}") for n in (1, 2, 3)),
 ]
+# In names of every layout.
+MODULATION = ("_mod.lin", "modulation.lin", "norm1.linear", "norm1_context.linear", "norm.linear")
 
 
 def table(column: int, outside: Sequence[Names], apart: bool = False) -> list[Row]:

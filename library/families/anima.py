@@ -70,6 +70,7 @@ DENOISER = Part(
     prefixes=cosmos.PREFIXES,
     carried=cosmos.CARRIED,
     diffusers_folder="transformer",
+    high_precision=cosmos.MODULATION,
     finish=finish,
 )
 

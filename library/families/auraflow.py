@@ -105,6 +105,7 @@ DENOISER = Part(
     build=build,
     prefixes=("model.", "", "model.diffusion_model.", "diffusion_model."),
     diffusers_folder="transformer",
+    high_precision=("modX.", "modC.", "modCX.", "norm1.linear", "norm1_context.linear"),
 )
 
 

@@ -98,6 +98,7 @@ DENOISER = Part(
     prefixes=cosmos.PREFIXES,
     carried=("logvar.", "pos_embedder."),
     diffusers_folder="transformer",
+    high_precision=cosmos.MODULATION,
 )
 
 

@@ -46,6 +46,7 @@ DENOISER = Part(
     prefixes=cosmos.PREFIXES,
     carried=cosmos.CARRIED,
     diffusers_folder="transformer",
+    high_precision=cosmos.MODULATION,
 )
 
 

@@ -72,6 +72,7 @@ DENOISER = Part(
     build=build,
     prefixes=("", "model.diffusion_model.", "diffusion_model."),
     diffusers_folder="transformer",
+    high_precision=("adaLN_modulation",),
 )
 
 

@@ -76,6 +76,7 @@ DENOISER = Part(
     build=build,
     prefixes=("", "model.diffusion_model.", "diffusion_model.", "model.model."),
     diffusers_folder="transformer",
+    high_precision=hunyuan.MODULATION,
 )
 
 

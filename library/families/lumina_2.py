@@ -103,6 +103,7 @@ DENOISER = Part(
     prefixes=("", "model.diffusion_model.", "diffusion_model."),
     carried=("norm_final.weight",),
     diffusers_folder="transformer",
+    high_precision=("adaLN_modulation", "norm1.linear"),
 )
 
 

@@ -65,6 +65,7 @@ DENOISER = Part(
     build=build,
     prefixes=("", "model.diffusion_model.", "diffusion_model."),
     diffusers_folder="transformer",
+    high_precision=("norm1.linear",),
 )
 
 
