@@ -118,6 +118,9 @@ RULES: tuple[Rule, ...] = (
     _rule("dim_from_weights", lambda o: o.network_weights, "without --network_weights"),
     _rule("base_weights_multiplier", lambda o: o.base_weights, "without --base_weights"),
     # memory
+    _rule("sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap",
+          lambda o: o.blocks_to_swap, "without --blocks_to_swap"),
+    _rule("sample_blocks_to_swap highvram", lambda o: o.sample_prompts, "without --sample_prompts"),
     _rule("fp8_base", lambda o: not o.fp8_scaled, "with --fp8_scaled"),
     _rule("fp8_format", lambda o: o.fp8_scaled or o.fp8_base, "without --fp8_scaled or --fp8_base"),
     *(_rule(f"fp8_{kind} nf4_{kind}", partial(_has_encoder, kind=kind), f"here: this model has no {title}")
@@ -256,6 +259,9 @@ def _check_run(options: Options) -> None:
 
 
 def _check_memory(options: Options) -> None:
+    more, swapped = options.sample_blocks_to_swap, options.blocks_to_swap
+    if more is not None and more > swapped:
+        raise ConfigError(f"--sample_blocks_to_swap {more} is more than --blocks_to_swap {swapped}; take fewer")
     held = [name for name in DENOISER if getattr(options, name)]
     if held and not options.network_module:
         raise ConfigError(

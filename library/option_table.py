@@ -225,6 +225,11 @@ PRECISION = _group(
     Opt("fp8_llm", "flag", False, "hold a language model that encodes text in scaled fp8"),
     Opt("nf4_vl", "flag", False, "hold a vision-language text encoder in 4-bit normal floats"),
     Opt("nf4_t5", "flag", False, "hold a T5 text encoder in 4-bit normal floats"),
+    Opt("blocks_to_swap", "int", None, "blocks that stay on the host and are copied in when they compute", low=0),
+    Opt("sample_blocks_to_swap", "int", None, "the same for sample pictures; --blocks_to_swap if not set", low=0),
+    Opt("block_swap_ring_size", "int", 2, "blocks for which there is room on the device", low=2),
+    Opt("use_pinned_memory_for_block_swap", "flag", False, "faster copies; the memory cannot be paged out"),
+    Opt("highvram", "flag", False, "keep the denoiser on the device while the VAE decodes sample pictures"),
     Opt("nf4_llm", "flag", False, "hold a language model that encodes text in 4-bit normal floats"),
 )
 

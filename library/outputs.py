@@ -234,9 +234,9 @@ class Outputs:
             t.sample_conds,
             self.folder,
             self.name,
-            self.runtime.load_vae,
+            self.runtime.decoder,
             self.runtime.device,
-            self.runtime.autocast,
+            self.runtime.drawing,
             self.runtime.latent_channels(t.denoiser),
             max(first),
         )

@@ -16,6 +16,7 @@ from library.checkpoints import check_part, check_writable, path_of
 from library.components.tokenizers import check_tokenizers
 from library.data.dataset import Dataset, prepare
 from library.errors import ConfigError
+from library.memory import swap_plan
 from library.options import check_read
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
         raise ConfigError("--output_dir is missing: say where the results are to be written")
     output_dir = Path(options.output_dir)
     family, parts = check_parts(options.family, options)
+    swap_plan.check(family, options)
     _check_network(options)
     _check_prompts(options)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from library import batches, checkpoints, flow, losses, trackers
-from library.checkpointing import checkpoint_blocks
 from library.components.tokenizers import load_tokenizers
 from library.data.dataset import item_seed
 from library.errors import ConfigError
 from library.memory.base_networks import add_network
+from library.memory.denoiser import DenoiserMemory
 from library.memory.loading import Loading
-from library.memory.precision import denoiser_recipe, text_recipe
+from library.memory.precision import text_recipe
 from library.processes import TIMEOUT, Processes, all_reduce
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Runtime:
         torch.manual_seed(options.seed)  # the network's first weights are drawn from it
         self.dtype = DTYPES[options.mixed_precision]
         self._vae = self._text = self._image = None
+        self.memory = DenoiserMemory(options, family, self.device)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -136,8 +137,7 @@ class Runtime:
         full = not options.network_module and not (options.full_bf16 or options.full_fp16)
         part = self.family.denoiser
         dtype = torch.float32 if full else self.dtype
-        loading = Loading(denoiser_recipe(options, self.family), self.device, dtype)
-        model = self._load_part(part, dtype, loading)
+        model = self._load_part(part, dtype, self.memory.loading(dtype))
         model.binding.adapted = self.family.adapted
         return model
 
@@ -149,8 +149,24 @@ class Runtime:
     def prepare_denoiser(self, model: torch.nn.Module, *, trained: bool) -> None:
         model.requires_grad_(trained)
         model.train()
-        if self.options.gradient_checkpointing:
-            checkpoint_blocks(model, self.family.blocks)
+        self.memory.prepare(model, trained=trained, checkpointed=self.options.gradient_checkpointing)
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Around the denoiser's calls for sample pictures."""
+        with self.memory.sampling(), self.autocast():
+            yield
+
+    @contextlib.contextmanager
+    def decoder(self) -> Iterator[torch.nn.Module]:
+        """The VAE for sample pictures. The denoiser makes room for it, unless it stays anyway, or with --highvram."""
+        stays = self._vae is not None or self.options.highvram
+        with contextlib.nullcontext() if stays else self.memory.away():
+            try:
+                yield self.load_vae()
+            finally:
+                if not stays:
+                    self.release(keep_text=True, keep_vae=False)
 
     def prepare_network(self, network: torch.nn.Module) -> None:
         """Network on the device in float32, or in half precision with --full_fp16/--full_bf16."""
@@ -194,7 +210,8 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        # Casts of trained weights that are swapped are not kept: they would hold what the swap has freed.
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=not self.memory.swapped)
 
     def to_device(self, cond: Cond) -> Cond:
         return {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
@@ -241,15 +258,15 @@ class Runtime:
         return losses.huber_c(sigma, o.huber_schedule, o.huber_c, o.huber_scale, signal)
 
     def reduce_gradients(self, parameters: list[Tensor]) -> None:
-        """Sum gradients over the processes in one flat all-reduce; each batch's loss already carries its share."""
+        """Sum gradients over the processes, flat; each batch's loss already carries its share."""
+        self.memory.before_update()
         if self.world == 1:
             return
         for p in parameters:
             if p.grad is None:  # a process without a batch in the last step of an epoch still takes part
                 p.grad = torch.zeros_like(p)
-        flat = torch._utils._flatten_dense_tensors([p.grad for p in parameters])
-        all_reduce(flat)
-        for p, grad in zip(
-            parameters, torch._utils._unflatten_dense_tensors(flat, [p.grad for p in parameters]), strict=True
-        ):
-            p.grad.copy_(grad)
+        for part in self.memory.together([p.grad for p in parameters]):
+            flat = torch._utils._flatten_dense_tensors(part).to(self.device)
+            all_reduce(flat)
+            for old, summed in zip(part, torch._utils._unflatten_dense_tensors(flat, part), strict=True):
+                old.copy_(summed)

@@ -127,20 +127,15 @@ class Samples:
         conds: list[tuple[Cond, Cond]],
         folder: Path,
         name: str,
-        load_vae: Callable[[], torch.nn.Module],
+        decoder: Callable[[], contextlib.AbstractContextManager[torch.nn.Module]],
         device: Any,
-        autocast: Callable[[], contextlib.AbstractContextManager],
+        drawing: Callable[[], contextlib.AbstractContextManager],
         channels: int,
         resolution: int,
     ) -> None:
         self.prompts, self.family, self.options, self.conds = prompts, family, options, conds
-        self.folder, self.name, self.load_vae, self.device, self.autocast = (
-            folder / "sample",
-            name,
-            load_vae,
-            device,
-            autocast,
-        )
+        self.folder, self.name, self.device = folder / "sample", name, device
+        self.drawing, self.decoder = drawing, decoder  # around the denoiser's calls; around the VAE's, which it gives
         self.channels, self.resolution = channels, resolution
         self.columns: list[tuple[str, list[np.ndarray]]] = []
         self.latents: dict[str, list[Tensor]] = {}  # of the first and of the latest column
@@ -176,13 +171,14 @@ class Samples:
         torch_state, python_state = torch.get_rng_state(), random.getstate()
         pictures, latents = [], []
         try:
-            vae = self.load_vae()
-            for number, prompt in enumerate(self.prompts):
-                latents.append(self._latents(denoiser, prompt, number))
-                pictures.append(decode(self.family, vae, latents[-1]))
-                if tag is not None:
-                    path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
-                    save_png(pictures[-1], path, {"prompt": prompt.prompt})
+            with self.drawing():
+                latents = [self._latents(denoiser, prompt, k) for k, prompt in enumerate(self.prompts)]
+            with self.decoder() as vae:
+                for number, prompt in enumerate(self.prompts):
+                    pictures.append(decode(self.family, vae, latents[number]))
+                    if tag is not None:
+                        path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
+                        save_png(pictures[-1], path, {"prompt": prompt.prompt})
         finally:
             for module, mode in were_training:
                 module.train(mode)
@@ -200,18 +196,17 @@ class Samples:
 
     def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, number: int) -> Tensor:
         shift = prompt.flow_shift if prompt.flow_shift is not None else self.options.discrete_flow_shift
-        with self.autocast():
-            return generate_latents(
-                self.family,
-                denoiser,
-                *self.conds[number],
-                shape=latent_shape(self.family, prompt, self.channels, self.resolution),
-                seed=self.seeds[number],
-                steps=prompt.sample_steps,
-                scale=prompt.scale,
-                shift=shift,
-                device=self.device,
-            )
+        return generate_latents(
+            self.family,
+            denoiser,
+            *self.conds[number],
+            shape=latent_shape(self.family, prompt, self.channels, self.resolution),
+            seed=self.seeds[number],
+            steps=prompt.sample_steps,
+            scale=prompt.scale,
+            shift=shift,
+            device=self.device,
+        )
 
 
 def style_distance(samples: list[Tensor], training: list[Tensor]) -> float:

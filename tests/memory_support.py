@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,14 +13,25 @@ from library import checkpoints
 from library.families import get_family
 from library.memory.loading import Loading
 from library.memory.precision import Recipe
-from tools.make_toy_model import CONFIGS, weights
+from tools.make_toy_model import CONFIGS, part_shapes, weights
 
 FAMILY = get_family("z_image")
 KEPT = FAMILY.denoiser.high_precision
 
 
+@functools.cache
 def toy_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return weights(json.loads(CONFIGS.read_text(encoding="utf-8"))["z_image"]["keys"], seed)
+
+
+def deep_weights(layers: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A narrower Z-Image with more blocks than the toy has; it takes the toy's text and latents."""
+    config = {
+        "in_channels": 16, "dim": 48, "n_layers": layers, "n_refiner_layers": 3, "n_heads": 3, "n_kv_heads": 3,
+        "cap_feat_dim": toy_weights()["cap_embedder.1.weight"].shape[1], "axes_dims": [4, 6, 6],
+        "axes_lens": [1536, 512, 512], "time_width": 48,
+    }  # fmt: skip
+    return weights(part_shapes(FAMILY.denoiser, config), seed)
 
 
 def toy_file(folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> Path:

@@ -200,7 +200,7 @@ def test_no_whole_weight_is_kept_for_the_backward_pass(file):
 
 def scaled_file(folder, convention):
     """The toy in one of ComfyUI's fp8 conventions, and the codes that it holds."""
-    tensors, codes = toy_weights(), {}
+    tensors, codes = dict(toy_weights()), {}
     for key, value in list(tensors.items()):
         if value.ndim != 2 or not key.startswith(tuple(f"{name}." for name in FAMILY.blocks)):
             continue

@@ -223,7 +223,17 @@ def sample_run(models, folder, *prompts):
     conds = [pair for _ in prompts]
     options = SimpleNamespace(seed=1, discrete_flow_shift=2.0)
     return sample.Samples(
-        list(prompts), family, options, conds, folder, "x", lambda: vae, "cpu", contextlib.nullcontext, 16, 64
+        list(prompts),
+        family,
+        options,
+        conds,
+        folder,
+        "x",
+        lambda: contextlib.nullcontext(vae),
+        "cpu",
+        contextlib.nullcontext,
+        16,
+        64,
     )
 
 

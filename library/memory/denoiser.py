@@ -1,0 +1,100 @@
+"""Everything of the memory options that concerns the denoiser, in the order in which it has to happen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from library.checkpointing import checkpoint_blocks
+from library.memory import swap_plan
+from library.memory.loading import Loading
+from library.memory.precision import denoiser_recipe
+from library.memory.swap import BlockSwap
+
+if TYPE_CHECKING:
+    from library.families.family import Family
+
+
+AT_ONCE = 1 << 28  # bytes of host gradients that are reduced over the processes at a time
+
+
+class DenoiserMemory:
+    """One denoiser: how it is loaded, and what its blocks do in forward and backward."""
+
+    def __init__(self, options: Any, family: Family, device: Any) -> None:
+        self.options, self.family, self.device = options, family, torch.device(device)
+        self.swap: BlockSwap | None = None
+        self.swapped = getattr(options, "blocks_to_swap", None) or 0
+
+    def loading(self, dtype: torch.dtype) -> Loading:
+        return Loading(denoiser_recipe(self.options, self.family), self.device, dtype, self._names_on_host)
+
+    def _names_on_host(self, model: torch.nn.Module) -> set[str]:
+        """Parameters of the blocks that are swapped: they never are on the device all at once."""
+        blocks = swap_plan.block_names(model, self.family, self.swapped)
+        return {f"{block}.{name}" for block in blocks for name, _ in model.get_submodule(block).named_parameters()}
+
+    def prepare(self, model: torch.nn.Module, *, trained: bool = False, checkpointed: bool = False) -> None:
+        """Wrap the blocks: swapped inside, checkpointed outside, so that a recomputation fetches its block again."""
+        self.model = model
+        if self.swapped:
+            self.swap = BlockSwap(
+                [model.get_submodule(name) for name in swap_plan.block_names(model, self.family, self.swapped)],
+                self.device,
+                ring=getattr(self.options, "block_swap_ring_size", 2),
+                pinned=getattr(self.options, "use_pinned_memory_for_block_swap", False),
+                collects=trained,
+                checkpointed=checkpointed,
+            )
+        if checkpointed:
+            checkpoint_blocks(model, self.family.blocks)
+
+    def before_update(self) -> None:
+        """The optimizer, saves and states find every weight, and its gradient, where they are to stay."""
+        if self.swap is not None:
+            self.swap.park()
+
+    def together(self, gradients: list[Tensor]) -> list[list[Tensor]]:
+        """Gradients in parts that are reduced at once: what is on the device, then a swapped block after another."""
+        parts: dict[Any, list[Tensor]] = {}
+        for gradient in gradients:
+            parts.setdefault(gradient.device, []).append(gradient)
+        on_device = parts.pop(self.device, [])
+        size, cut = 0, []
+        for gradient in (g for rest in parts.values() for g in rest):
+            if not cut or size + gradient.nbytes > AT_ONCE:
+                size, cut = 0, [*cut, []]
+            cut[-1].append(gradient)
+            size += gradient.nbytes
+        return [part for part in (on_device, *cut) if part]
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside, the denoiser is on the host."""
+        tensors = [] if self.device.type == "cpu" else [*self.model.parameters(), *self.model.buffers()]
+        self.before_update()
+        moved = [tensor for tensor in tensors if tensor.device.type == self.device.type]
+        for tensor in moved:
+            tensor.data = tensor.data.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            for tensor in moved:
+                tensor.data = tensor.data.to(self.device)
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, --sample_blocks_to_swap instead of --blocks_to_swap."""
+        fewer = getattr(self.options, "sample_blocks_to_swap", None)
+        if self.swap is None or fewer is None:
+            yield
+            return
+        names = swap_plan.block_names(self.model, self.family, self.swapped, fewer)
+        with self.swap.only([self.model.get_submodule(name) for name in names]):
+            yield
