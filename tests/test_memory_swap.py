@@ -1,11 +1,13 @@
 """Swapped blocks: the same numbers to the bit, and never more on the device than promised."""
 
+import importlib
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from memory_support import FAMILY, deep_weights, inputs, load, predict, toy_file
+from oracles import read_json
 from torch import nn
 
 from library.checkpointing import checkpoint_blocks
@@ -47,6 +49,26 @@ def test_units_are_shared_between_the_lists_and_blocks_lie_evenly(value):
     for name, indices in chosen.items():
         gaps = [b - a for a, b in itertools.pairwise(indices)]
         assert not gaps or max(gaps) - min(gaps) <= 1, name
+
+
+# Full-size models: what their documents call the most, or our rule where none says a number.
+LARGEST = {"hunyuan_image": 37, "flux": 35, "z_image": 28, "qwen_image": 58, "wan": 38, "hidream": 44, "lumina_2": 24,
+           "auraflow": 17, "hunyuan_video": 37}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_value_of_full_size_models(name):
+    module = importlib.import_module(f"library.families.{name}")
+    listed = {"wan": "wan_t2v_14b"}.get(name, name)
+    content = read_json(f"layouts/{listed}")
+    start = content.get("file_prefix", "")
+    shapes = {key.removeprefix(start): tuple(shape) for key, shape in content.get("keys", content).items()}
+    part = module.DENOISER
+    with torch.device("meta"):
+        model = part.build(part.config(shapes, {}, part.recognise(shapes)))
+    blocks = module.BLOCKS if name != "z_image" else FAMILY.blocks
+    family = SimpleNamespace(blocks=blocks)
+    assert swap_plan.largest(swap_plan.counts_of(model, family), swap_plan.units_of(model, family)) == LARGEST[name]
 
 
 class Stack(nn.Module):
@@ -258,7 +280,9 @@ def test_a_denoiser_is_swapped_with_adapters_on_it(file, scheme, checkpointed, m
             optimizer.step(), optimizer.zero_grad()
         return memory, model, losses
 
-    most = swap_plan.largest(swap_plan.counts_of(load(file), FAMILY), FAMILY.swap_units)
+    whole = load(file)
+    most = swap_plan.largest(swap_plan.counts_of(whole, FAMILY), swap_plan.units_of(whole, FAMILY))
+    assert swap_plan.units_of(load(file, "nf4"), FAMILY) == swap_plan.units_of(whole, FAMILY)
     memory, model, losses = outcome(most)
     assert losses == outcome(0)[2] and len(set(losses)) == 3
     assert len(memory.swap.blocks) == most and memory.swap.entered > 3 * most

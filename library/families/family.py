@@ -137,7 +137,6 @@ class Family:
     recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
     channels_of: Callable[..., int] = lambda denoiser: int(denoiser.config.in_channels)  # latent channels of a file
     text_prefixes: tuple[str, ...] = ()  # LoRA names of the text encoders that can be trained, in their order
-    swap_units: Mapping[str, int] = field(default_factory=dict)  # list of `blocks` -> how many count as one swapped
     inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
     sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
     # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance

@@ -1,9 +1,9 @@
 """Which blocks --blocks_to_swap N keeps on the host. No torch in here.
 
-N counts units: a block is one unit, except in lists of which a family says that several blocks make one
-(`Family.swap_units`: two single-stream blocks, which are about half as large, count as one double-stream block, as
-in sd-scripts). Two blocks of every list always stay on the device, so the largest N is the sum over the lists of
-(blocks - 2) / blocks per unit, rounded down: HunyuanImage-2.1 has 20 + 40 blocks, so 18 + 19 = 37.
+N counts units. A unit is one block of the largest kind; of a kind that is about half as large (the single-stream
+blocks of FLUX.1 or HunyuanImage) two blocks make a unit, as sd-scripts counts, and so on. Two blocks of every list
+always stay on the device, so the largest N is the sum over the lists of (blocks - 2) / blocks per unit, rounded down:
+HunyuanImage-2.1 has 20 + 40 blocks, so 18 + 19 = 37.
 """
 
 from __future__ import annotations
@@ -59,15 +59,31 @@ def counts_of(model: nn.Module, family: Family) -> dict[str, int]:
     return {name: len(model.get_submodule(name)) for name in family.blocks}
 
 
+def units_of(model: nn.Module, family: Family) -> dict[str, int]:
+    """List -> how many of its blocks make a unit, from their numbers of weights."""
+    sizes = {name: max(map(weights_of, model.get_submodule(name)), default=1) for name in family.blocks}
+    return {name: max(1, round(max(sizes.values()) / size)) for name, size in sizes.items()}
+
+
+def weights_of(block: nn.Module) -> int:
+    """Values of a block's weights, however they are held."""
+    count = 0
+    for module in block.modules():
+        shape = (getattr(module, "out_features", 0), getattr(module, "in_features", 0))
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        count += max(own, shape[0] * shape[1])
+    return count
+
+
 def block_names(model: nn.Module, family: Family, value: int, fewer: int | None = None) -> list[str]:
     """Names of the blocks of a model that `value` swaps; of these, those that `fewer` would leave swapped.
 
     Raises ConfigError beyond the largest value.
     """
-    counts = counts_of(model, family)
-    chosen = swapped(counts, family.swap_units, value)
+    counts, units = counts_of(model, family), units_of(model, family)
+    chosen = swapped(counts, units, value)
     if fewer is not None:
-        less = swapped(counts, family.swap_units, min(fewer, value))
+        less = swapped(counts, units, min(fewer, value))
         for name, indices in chosen.items():
             left = spread(len(indices), min(len(indices), len(less[name])))
             chosen[name] = tuple(indices[i] for i in left)
