@@ -158,7 +158,7 @@ def test_the_family_comes_from_the_file_or_the_command_line(tmp_path):
         (["--learnin_rate", "1"], r"--learnin_rate .*not an option; did you mean 'learning_rate'"),
         (["--learning-rate", "1"], r"did you mean 'learning_rate'"),
         (["--lr"], r"--lr .*not an option"),
-        (["--blocks_to_swap", "3"], r"sd-scripts that is not offered: not offered yet"),
+        (["--mem_eff_attn"], r"sd-scripts that is not offered: "),
         (["--use_8bit_adam"], r"--optimizer_type AdamW8bit"),
         (["--network_dim", "4.5"], r"--network_dim '4.5' .*whole number"),
         (["--network_dim", "0"], r"at least 1"),
