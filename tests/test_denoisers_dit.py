@@ -189,6 +189,28 @@ def test_tencents_own_names_with_q_k_and_v_apart_give_the_same_hunyuan_video_15(
         assert relative(file.run(model, "out_i2v"), file.output("out_i2v")) < file.tolerance
 
 
+def test_a_distilled_hunyuan_video_15_is_told_where_its_step_leads(tmp_path):
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    file, inputs = golden_of("hunyuan_video15"), golden_of("hunyuan_video15").inputs("out_i2v")
+    weights = file.weights()
+    weights |= {k.replace("time_in", "time_r_in"): v.flip(0) / 2 for k, v in weights.items() if k.startswith("time_in")}
+    model = load(file.module.DENOISER, weights, tmp_path, torch.float32)
+    theirs = HunyuanVideo15Transformer3DModel(**{k: v for k, v in model.config.items() if k != "glyph_width"})
+    theirs.context_embedder_2 = model.context_embedder_2
+    theirs.load_state_dict(model.state_dict())
+    masks = [torch.ones(inputs[key].shape[:2]) for key in ("context", "byt5")]
+    conds = [cond | {"next_sigma": torch.tensor(0.3)} for cond in file.conds("out_i2v", inputs)]
+    with torch.no_grad():
+        expected = theirs(
+            inputs["x"], inputs["timestep"], inputs["context"], masks[0], torch.full((2,), 300.0), inputs["byt5"], masks[1],
+            inputs["vision"], return_dict=False,
+        )[0]  # fmt: skip
+        out = file.run(model, "out_i2v", change=lambda _: conds)
+    assert relative(out, expected) < 1e-5
+    assert relative(out, file.output("out_i2v")) > 1e-3
+
+
 def test_text_to_video_and_image_to_video_can_be_in_one_batch(tmp_path):
     file = golden_of("hunyuan_video15")
     model, inputs = file.model(tmp_path), file.inputs("out_i2v")
