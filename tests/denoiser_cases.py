@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from library.checkpoints import Checkpoint, rows_of
 from library.fingerprints import identify
 from library.headers import Header, TensorInfo
-from library.layout import Layout, shapes_of
+from library.layout import Layout, shapes_of, swap_halves
 from networks import formats
 from networks.adapter import targets_of
 from networks.lora import is_adapted
@@ -157,14 +157,17 @@ class FullSize:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Keys, without the file's container prefix, and shapes."""
-        content = read_json(f"layouts/{self.name}")
-        start = content.get("file_prefix", "")
-        return {key.removeprefix(start): tuple(shape) for key, shape in content["keys"].items()}
+        return self._below(read_json(f"layouts/{self.name}")["keys"])
 
     @property
     def toy(self) -> dict[str, tuple[int, ...]]:
-        keys = json.loads(TOYS.read_text(encoding="utf-8"))[self.name]["keys"]
-        return {key: tuple(shape) for key, shape in keys.items()}
+        return self._below(json.loads(TOYS.read_text(encoding="utf-8"))[self.name]["keys"])
+
+    def _below(self, keys: dict[str, list[int]]) -> dict[str, tuple[int, ...]]:
+        start = next(
+            prefix for prefix in sorted(self.part.prefixes, reverse=True) if next(iter(keys)).startswith(prefix)
+        )
+        return {key.removeprefix(start): tuple(shape) for key, shape in keys.items()}
 
     def unclaimed(self, shapes: dict[str, Any]) -> set:
         """Keys and shapes that the part's layout does not give exactly, apart from what a file may carry."""
@@ -185,8 +188,11 @@ class FullSize:
             weight, start = f"diffusion_model.{name}.weight", 0
             for key in (key for key in written if formats.split_key(key)[1] == "up"):
                 length = len(written[key])
-                piece = {"weight": weight, "slice": {"dim": 0, "start": start, "length": length}}
-                stems[formats.split_key(key)[0]] = weight if length == target.entry.shape[0] else piece
+                place: Any = {"weight": weight, "slice": {"dim": 0, "start": start, "length": length}}
+                if length == target.entry.shape[0]:
+                    turned = form == "diffusers" and target.entry.op is swap_halves
+                    place = {"weight": weight, "function": "swap_scale_shift"} if turned else weight
+                stems[formats.split_key(key)[0]] = place
                 start += length
         return stems
 

@@ -22,6 +22,9 @@ GOLDENS = (
     Golden("chroma", "chroma", ("ragged", "plain")),
     Golden("flux2", "flux2", ("plain", "edit2")),
     Golden("flux2_klein", "flux2", ("plain", "edit2")),
+    Golden("sd3", "sd3", per_mille=True, variant="3.5 medium", masks=False),
+    Golden("sd3_2b", "sd3", per_mille=True, variant="3 medium", masks=False),
+    Golden("sd3_large", "sd3", per_mille=True, variant="3.5 large", masks=False),
 )
 ALL_FORMS = ("comfy", "kohya", "diffusers")
 FLUX = "convert_flux_transformer_checkpoint_to_diffusers"
@@ -36,4 +39,6 @@ FULL_SIZE = (
     FullSize("flux2_klein_4b", "flux2", "klein 4B", "convert_flux2_transformer_checkpoint_to_diffusers"),
     FullSize("flux2_klein_9b", "flux2", "klein 9B", "convert_flux2_transformer_checkpoint_to_diffusers"),
     FullSize("chroma", "chroma", "", "convert_chroma_transformer_checkpoint_to_diffusers", ALL_FORMS),
+    FullSize("sd3", "sd3", "3.5 medium", "convert_sd3_transformer_checkpoint_to_diffusers", ALL_FORMS),
+    FullSize("sd3_large", "sd3", "3.5 large", "convert_sd3_transformer_checkpoint_to_diffusers", ALL_FORMS),
 )
