@@ -26,7 +26,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.0",
         "opencv-python-headless>=4.10",
-        "av>=14.0",
+        "av>=17.0",
         "sentencepiece>=0.2",
         "prodigyopt>=1.1",
         "bitsandbytes>=0.45; platform_system != 'Darwin'",

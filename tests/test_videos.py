@@ -152,17 +152,22 @@ def test_a_variable_rate_is_seen_and_resampled_by_its_own_times(tmp_path):
     assert constant.fps == Fraction(30000, 1001) and not constant.remarks
 
 
-@pytest.mark.parametrize("turn", [(d, h, v) for d in (0, 90, 180, 270) for h, v in ((False, False), (True, False))])
-def test_rotation_and_mirroring_of_the_file_are_applied(tmp_path, turn):
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_rotation_and_mirroring_of_the_file_are_applied(tmp_path, degrees, mirrored):
     corner = np.zeros((64, 96, 3), np.uint8)
     corner[:20, :30] = (255, 0, 0)
     corner[:20, 60:] = (0, 255, 0)
-    video = videos.probe(str(write_video(tmp_path / "a.mp4", [corner] * 3, turn=(*turn[:2], turn[2]))))
-    expected = np.rot90(corner, turn[0] // 90)
-    expected = expected[:, ::-1] if turn[1] else expected
+    path = write_video(tmp_path / "a.mp4", [corner] * 3, turn=(degrees, mirrored))
+    video = videos.probe(str(path))
+    expected = np.rot90(corner, degrees // 90)
+    expected = expected[:, ::-1] if mirrored else expected
     frame = next(videos.read(video, [1]))
     assert frame.shape == expected.shape == (*video.size[::-1], 3)
     assert np.abs(frame.astype(int) - expected.astype(int)).mean() < 12
+    if not mirrored:  # OpenCV turns, but does not mirror
+        other = cv2.VideoCapture(str(path)).read()[1][..., ::-1]
+        assert np.abs(frame.astype(int) - other.astype(int)).mean() < 3
 
 
 def test_odd_sizes_deep_colours_and_pixels_that_are_not_square(tmp_path):
@@ -170,9 +175,7 @@ def test_odd_sizes_deep_colours_and_pixels_that_are_not_square(tmp_path):
     assert odd.size == (67, 45) and [number_of(f) for f in videos.read(odd, range(5))] == list(range(5))
     wide = videos.probe(str(write_video(tmp_path / "b.mp4", 5, size=(48, 64), aspect=Fraction(4, 3))))
     assert wide.size == (64, 64) and "pixels not square" in wide.remarks
-    turned = videos.probe(
-        str(write_video(tmp_path / "c.mp4", 5, size=(48, 64), aspect=Fraction(2), turn=(90, False, False)))
-    )
+    turned = videos.probe(str(write_video(tmp_path / "c.mp4", 5, size=(48, 64), aspect=Fraction(2), turn=(90, False))))
     assert turned.size == (64, 96)
     deep = write_video(tmp_path / "d.mkv", 5, codec="libx265", pixels="yuv420p10le")
     assert [number_of(f) for f in videos.read(videos.probe(str(deep)), range(5))] == list(range(5))

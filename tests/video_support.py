@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -34,7 +35,7 @@ def write_video(
     codec: str = "libx264",
     pixels: str = "yuv420p",
     times: Sequence[int] | None = None,  # milliseconds, for a variable rate
-    turn: tuple[int, bool, bool] | None = None,  # degrees counter-clockwise, mirrored left to right, top to bottom
+    turn: tuple[int, bool] | None = None,  # of an .mp4: degrees counter-clockwise, then mirrored left to right
     aspect: Fraction | None = None,
     **options: str,
 ) -> Path:
@@ -44,8 +45,6 @@ def write_video(
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
-        if turn:
-            stream.set_display_rotation(turn[0], hflip=turn[1], vflip=turn[2])
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:
@@ -56,4 +55,16 @@ def write_video(
                 frame.pts, frame.time_base = times[n], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if turn:
+        _turn(path, *turn)
     return path
+
+
+def _turn(path: Path, degrees: int, mirrored: bool) -> None:
+    """Write the display matrix [a b u; c d v; x y w] of the track header, x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[degrees]
+    a, c = (-a, -c) if mirrored else (a, c)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40  # after version, times, track, duration, layer, volume (ISO 14496-12)
+    data[start : start + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)

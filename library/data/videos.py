@@ -54,11 +54,13 @@ class Video:
 
 
 def library() -> Any:
-    """PyAV. Raises ConfigError saying how to get it."""
+    """PyAV, from 17 on: those before ignore the colour matrix of a file. Raises ConfigError saying how to get it."""
     try:
         import av
     except ImportError:
         raise ConfigError("videos are decoded by PyAV, which is not installed; pip install av") from None
+    if int(av.__version__.split(".")[0]) < 17:
+        raise ConfigError(f"PyAV {av.__version__} gives HD videos wrong colours; pip install 'av>=17'")
     return av
 
 
@@ -126,7 +128,8 @@ def _facts(file: str, stream: Any, first: Any, ticks: array) -> Video:
     turn, aspect = _turn(first), stream.sample_aspect_ratio or Fraction(1)
     width, height = first.width, first.height
     width, height = (round(width * aspect), height) if aspect >= 1 else (width, round(height / aspect))
-    remarks = [HDR[first.color_trc] + " colours as they are"] if first.color_trc in HDR else []
+    transfer = stream.codec_context.color_trc
+    remarks = [HDR[transfer] + " colours as they are"] if transfer in HDR else []
     remarks += ["interlaced"] if first.interlaced_frame else []
     remarks += ["turned or mirrored"] if any(turn) else []
     remarks += ["pixels not square"] if aspect != 1 else []
