@@ -48,6 +48,14 @@ def flux_shift(tokens: int) -> float:
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
+def qwen_shift(tokens: int) -> float:
+    """Qwen-Image's: mu is 0.5 at 256 tokens and 0.9 at 8192 (its published scheduler configuration)."""
+    return math.exp(0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256))
+
+
+BY_TOKENS = {"flux_shift": flux_shift, "qwen_shift": qwen_shift}
+
+
 def density(u: Tensor, scheme: str, logit_mean: float, logit_std: float, mode_scale: float) -> Tensor:
     """SD3's densities over [0, 1] as the quantile of `u`: logit-normal, mode with heavy tails, else uniform.
 
@@ -85,7 +93,7 @@ def quantile(
     else:
         out = torch.sigmoid(sigmoid_scale * torch.special.ndtri(u))
         if sampling != "sigmoid":
-            out = shifted(out, shift if sampling == "shift" else flux_shift(tokens))
+            out = shifted(out, BY_TOKENS[sampling](tokens) if sampling in BY_TOKENS else shift)
     return out.float()
 
 
@@ -150,6 +158,14 @@ def loss_weight(sigma: Tensor, scheme: str) -> Tensor:
     return torch.ones_like(sigma)
 
 
-def shifted_sigmas(steps: int, shift: float) -> Tensor:
-    """[steps + 1] float32 from 1 to 0: the sigmas that a sampler visits, evenly spaced before the shift."""
-    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+def shifted_sigmas(steps: int, shift: float, terminal: float = 0.0) -> Tensor:
+    """[steps + 1] float32 from 1 to 0: the sigmas that a sampler visits, evenly spaced before the shift.
+
+    With `terminal` > 0 all but the 0 are stretched so that the last of them is `terminal` (LTX-Video's published
+    scheduler, diffusers' `shift_terminal`).
+    """
+    sigmas = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    if terminal and steps > 1:
+        data = 1 - sigmas[:-1]
+        sigmas[:-1] = 1 - data * (1 - terminal) / data[-1]
+    return sigmas.float()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 Guide = Callable[[Tensor, Tensor, float, int], Tensor]  # (with prompt, without, scale, step) -> joined
 
@@ -22,6 +23,20 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
     axes = tuple(range(1, cond.ndim))
     same = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
     return phi * same + (1 - phi) * guided
+
+
+def norm_kept(patch: int) -> Guide:
+    """Classifier-free guidance that keeps the norm of `cond` in every token, which is `patch` x `patch` latents.
+
+    As Qwen-Image's published pipeline joins them.
+    """
+
+    def guide(cond: Tensor, uncond: Tensor, scale: float, step: int) -> Tensor:
+        joined = guided(cond, uncond, scale, step)
+        sizes = [avg_pool2d(x.square().sum(1, keepdim=True), patch).sqrt() for x in (cond, joined)]
+        return joined * (sizes[0] / sizes[1]).repeat_interleave(patch, -1).repeat_interleave(patch, -2)
+
+    return guide
 
 
 def projected(cond: Tensor, difference: Tensor, threshold: float) -> Tensor:

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
-from library.prompts import Prompt, check, defaults_of, notes, parse_line, parse_prompts, seed_of
+from library.prompts import (
+    Prompt,
+    check,
+    check_controls,
+    defaults_of,
+    notes,
+    parse_line,
+    parse_prompts,
+    read_files,
+    seed_of,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,16 +55,19 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--prompt", help="text of the picture")
     add("--from_file", help="prompt file as for training (txt, toml, json); what a prompt does not say is as below")
     add("--interactive", action="store_true", help="read prompts, one a line as in a prompt file, until the end")
-    add("--negative_prompt", default="")
+    add("--negative_prompt", default=usual.negative_prompt)
+    add("--control_image_path", nargs="*", default=[], help="control pictures of an edit model (--ci in a prompt file)")
     add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), default=[family.resolution] * 2)
     add("--infer_steps", type=int, default=usual.sample_steps)
     add("--guidance_scale", type=float, default=usual.scale, help="classifier-free guidance; 1 = off")
     if usual.guidance_scale is not None:
         text = "guidance that the model itself was trained with"
         add("--embedded_guidance", type=float, default=usual.guidance_scale, help=text)
-    add("--flow_shift", type=float, default=family.defaults.get("discrete_flow_shift", 1.0))
+    shift = None if family.sampling_shift else family.defaults.get("discrete_flow_shift", 1.0)
+    add("--flow_shift", type=float, default=shift, help="default: the model's own" if shift is None else None)
     for option in family.inference_options:
         kind = {"action": "store_true"} if option.kind == "flag" else {"type": TYPES[option.kind]}
+        kind |= {"choices": option.choices} if option.choices else {}
         add(f"--{option.name}", default=option.default, help=option.help, **kind)
     add("--seed", type=int, default=0, help="of the first picture, then counting up; below 0: a new one")
     add("--save_path", required=True, help="a .png file for one --prompt, or a folder")
@@ -81,6 +94,7 @@ def plain_prompt(arguments: argparse.Namespace) -> Prompt:
     return Prompt(
         arguments.prompt or "", arguments.negative_prompt, width, height, None, arguments.infer_steps,
         arguments.guidance_scale, getattr(arguments, "embedded_guidance", None), arguments.flow_shift,
+        read_files("controls", arguments.control_image_path, "command line"),
     )  # fmt: skip
 
 
@@ -109,6 +123,7 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
     seeds = [seed_of(prompt, number, first) for number, prompt in enumerate(prompts)]
     paths = paths_of(arguments, seeds)
     family = _check_files(family, arguments, paths)
+    check_controls(prompts, family)
     _say(prompts, family)
     studio = Studio(family, arguments)
     if arguments.interactive:
@@ -142,6 +157,7 @@ def interact(studio: Studio, first: int) -> None:
             break
         try:
             prompt = parse_line(line.strip(), f"line {number + 1}", plain_prompt(arguments))
+            check_controls([prompt], studio.family)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
@@ -245,11 +261,10 @@ class Studio:
         from library import sample
 
         family, denoiser = self.family, self.denoiser
+        shape = sample.latent_shape(family, prompt, family.channels_of(denoiser), family.resolution)
         latents = sample.generate_latents(
-            family, denoiser, *pair,
-            shape=sample.latent_shape(family, prompt, family.channels_of(denoiser), family.resolution),
-            seed=seed, steps=prompt.sample_steps, scale=prompt.scale, shift=prompt.flow_shift, device=self.device,
-            settings=self.settings,
+            family, denoiser, *pair, shape=shape, seed=seed, steps=prompt.sample_steps, scale=prompt.scale,
+            shift=sample.shift_of(prompt, family, shape, 1.0), device=self.device, settings=self.settings,
         )  # fmt: skip
         return sample.decode(family, self.vae, latents)
 

@@ -6,7 +6,7 @@ A record of pure functions. `options` is the run's; sigma is in 0..1, 0 = data, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -91,10 +91,10 @@ def _weight(sigma: Tensor, options: Any) -> Tensor:
     return flow.loss_weight(sigma, options.weighting_scheme)
 
 
-def _times(steps: int, shift: float, tokens: int) -> Tensor:
+def _times(steps: int, shift: float, tokens: int, terminal: float = 0.0) -> Tensor:
     from library import flow
 
-    return flow.shifted_sigmas(steps, shift)
+    return flow.shifted_sigmas(steps, shift, terminal)
 
 
 FLOW = Objective(
@@ -111,6 +111,11 @@ FLOW = Objective(
     times=_times,
     step=lambda x, velocity, now, then: x + (then - now) * velocity,  # Euler on dx/dsigma = velocity
 )
+
+
+def flow_from(terminal: float) -> Objective:
+    """FLOW, sampled so that the last step starts at sigma `terminal`."""
+    return replace(FLOW, times=partial(_times, terminal=terminal))
 
 
 # ---------------------------------------------------------------- DDPM: Stable Diffusion 1, 2 and XL

@@ -55,7 +55,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     family, parts = check_parts(options.family, options)
     swap_plan.check(family, options)
     _check_network(options)
-    _check_prompts(options)
+    _check_prompts(options, family)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))
     dataset = prepare(options, family, family.pixel_multiple)
     group = options.gradient_accumulation_steps * _world()
@@ -128,11 +128,11 @@ def _base_weights(options: Options) -> list[tuple[str, float]]:
     return list(zip(paths, multipliers + [1.0] * (len(paths) - len(multipliers)), strict=True))
 
 
-def _check_prompts(options: Options) -> None:
+def _check_prompts(options: Options, family: Family) -> None:
     if options.sample_prompts:
-        from library.prompts import parse_prompts
+        from library.prompts import check_controls, parse_prompts
 
-        parse_prompts(Path(options.sample_prompts))
+        check_controls(parse_prompts(Path(options.sample_prompts)), family)
 
 
 def estimate_bytes(options: Options) -> int:

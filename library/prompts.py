@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def _entry(entry: Any, where: str, defaults: Prompt) -> Prompt:
             continue
         if name not in names:
             raise ConfigError(f"{where}: '{name}' is not known{nearest(name, names)}")
-        read = _files if name == "controls" else _text if name in TEXTS else _number
+        read = read_files if name == "controls" else _text if name in TEXTS else _number
         values[name] = read(name, value, where)
     if "prompt" not in values:
         raise ConfigError(f"{where}: there is no prompt in it")
@@ -136,7 +136,8 @@ def _text(name: str, value: Any, where: str) -> str:
     return value
 
 
-def _files(name: str, value: Any, where: str) -> tuple[str, ...]:
+def read_files(name: str, value: Any, where: str) -> tuple[str, ...]:
+    """Control pictures that exist. Raises ConfigError."""
     paths = (value,) if isinstance(value, str) else value
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"{where}: {name} {value!r} is not a file name or a list of such")
@@ -184,6 +185,19 @@ def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     return cond, uncond
 
 
+def check_controls(prompts: Sequence[Prompt], family: Any) -> None:
+    """Raise ConfigError for a prompt with more control pictures than the model takes, or fewer than it needs."""
+    most, least = family.max_controls, family.least_controls
+    for number, prompt in enumerate(prompts, 1):
+        count = len(prompt.controls)
+        if count > most:
+            raise ConfigError(
+                f"prompt {number} has {count} control pictures, {family.title} takes {most or 'none'}; remove them"
+            )
+        if count < least:
+            raise ConfigError(f"prompt {number} has no control picture, and {family.title} edits pictures; give one")
+
+
 def seed_of(prompt: Prompt, number: int, run_seed: int) -> int:
     """The seed of the `number`-th prompt; one drawn now if it asks for a new one."""
     if prompt.seed is None:
@@ -206,7 +220,7 @@ def notes(prompts: list[Prompt], family: Any) -> list[str]:
             said.append(
                 f"prompt {number}: side {sides[0]} becomes {fitted(sides[0], multiple)}, a multiple of {multiple}"
             )
-        if prompt.negative_prompt and prompt.scale == 1:
+        if prompt.negative_prompt.strip() and prompt.scale == 1:
             said.append(f"prompt {number}: a negative prompt has no effect without guidance (--l, not 1)")
         if prompt.guidance_scale is not None and not has_guidance:
             said.append(f"prompt {number}: --g is embedded guidance, which {title} has not; guidance is --l")

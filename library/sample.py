@@ -88,17 +88,28 @@ def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int)
 def item_of(prompt: Prompt, family: Family, resolution: int) -> ItemInput:
     """The facts of the picture that a prompt asks for: its size, uncropped, and its control pictures.
 
-    Controls have their own proportions in the area of that picture, as in the pipelines of the edit models.
+    Controls have the family's own size, else their own proportions in the area of that picture.
     """
     width, height = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.width, prompt.height))
-    controls = tuple(_control(path, (width, height), family.pixel_multiple) for path in prompt.controls)
+    controls = tuple(_control(path, (width, height), family) for path in prompt.controls)
     return ItemInput(None, controls, original_size=(width, height), size=(width, height))
 
 
-def _control(path: str, area: tuple[int, int], unit: int) -> Tensor:
+def _control(path: str, area: tuple[int, int], family: Family) -> Tensor:
     pixels = images.decode(path)[0]
-    placement = buckets.of_area((pixels.shape[1], pixels.shape[0]), area, unit)
-    return to_tensor(images.place(pixels, placement, None))
+    size = (pixels.shape[1], pixels.shape[0])
+    if family.control_size:
+        placement = buckets.stretched(family.control_size(size))
+    else:
+        placement = buckets.of_area(size, area, family.pixel_multiple)
+    return to_tensor(images.place(pixels, placement, "lanczos"))  # as diffusers' pipelines resize
+
+
+def shift_of(prompt: Prompt, family: Family, shape: tuple[int, ...], run_shift: float) -> float:
+    """The flow shift for latents of `shape` [C,h,w]: the prompt's, the family's, else the run's."""
+    if prompt.flow_shift is not None:
+        return prompt.flow_shift
+    return family.sampling_shift(image_tokens(family, shape)) if family.sampling_shift else run_shift
 
 
 @torch.no_grad()
@@ -195,16 +206,16 @@ class Samples:
         self.latents = {first: self.latents.get(first, latents), label: latents}
 
     def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, number: int) -> Tensor:
-        shift = prompt.flow_shift if prompt.flow_shift is not None else self.options.discrete_flow_shift
+        shape = latent_shape(self.family, prompt, self.channels, self.resolution)
         return generate_latents(
             self.family,
             denoiser,
             *self.conds[number],
-            shape=latent_shape(self.family, prompt, self.channels, self.resolution),
+            shape=shape,
             seed=self.seeds[number],
             steps=prompt.sample_steps,
             scale=prompt.scale,
-            shift=shift,
+            shift=shift_of(prompt, self.family, shape, self.options.discrete_flow_shift),
             device=self.device,
         )
 

@@ -46,9 +46,12 @@ def prepared(tmp_path, targets, extra="", family=None, head=HEAD, **changes):
     return prepare(chosen, family, 16)
 
 
-def edits(most, text_pictures=None):
+def edits(most, text_pictures=None, least=0, size=None):
     """What an edit model says of its control pictures."""
-    return SimpleNamespace(title="Edit", max_controls=most, text_pictures=text_pictures, frames=None)
+    return SimpleNamespace(
+        title="Edit", max_controls=most, least_controls=least, control_size=size, text_pictures=text_pictures,
+        frames=None, pixel_multiple=16,
+    )  # fmt: skip
 
 
 def beside(data):
@@ -197,6 +200,17 @@ def test_control_resolution_gives_the_area_in_the_controls_own_proportions():
     assert buckets.of_area((5000, 10), (64, 64), 16).bucket == (256, 16)
 
 
+def test_a_family_may_say_the_size_of_a_control_and_the_dataset_another(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "b.png", "c.png", size=(200, 100))
+    family = edits(1, size=lambda size: (size[0] // 4, 32))
+    item = prepared(tmp_path, targets, "control_directory = 'one'\n", family).items[0]
+    expected = images.resize(np.asarray(Image.open(item.controls[0])), (50, 32), "area")
+    assert torch.equal(controls.load(item)[0], images.to_tensor(expected))
+    for key, size in (("control_resolution = 128", (176, 80)), ("no_resize_control = true", (192, 96))):
+        item = prepared(tmp_path, targets, f"control_directory = 'one'\n{key}\n", family).items[0]
+        assert item.control_buckets == (size,)
+
+
 def test_both_keys_together_make_the_resolution_an_upper_limit(tmp_path, targets):
     made(tmp_path / "one", "a.png", size=(400, 200))
     made(tmp_path / "one", "b.png", "c.png", size=(90, 50))
@@ -251,6 +265,8 @@ def test_more_controls_than_the_model_takes_are_refused_by_name(tmp_path, target
         prepared(tmp_path, targets, extra, edits(1))
     with pytest.raises(DatasetError, match="takes no control pictures"):
         prepared(tmp_path, targets, extra, edits(0))
+    with pytest.raises(DatasetError, match=r"pairs of pictures, but a\.png, b\.png, c\.png have no control picture"):
+        prepared(tmp_path, targets, "", edits(2, least=1))
 
 
 def test_what_changes_a_picture_alone_is_refused_beside_controls(tmp_path, targets):
@@ -312,6 +328,7 @@ class Edit:
 
     def __init__(self, sees=True):
         self.name, self.title, self.recipe, self.max_controls, self.frames = "edit", "Edit", "", 2, None
+        self.least_controls, self.control_size = 0, None
         tokenizer = Tokenizer("tokenizer", "owner/name")
         self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer, precision_options=""),)
         self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0
@@ -389,5 +406,22 @@ def test_a_sample_prompt_sees_its_control_in_its_own_proportions(tmp_path, targe
 
     made(tmp_path, "wide.png", size=(200, 100))
     prompt = parse_line(f"make it blue --w 128 --h 128 --ci {tmp_path / 'wide.png'}", "here")
-    given = item_of(prompt, SimpleNamespace(pixel_multiple=16), 64)
+    given = item_of(prompt, edits(1), 64)
     assert given.size == (128, 128) and [tuple(one.shape) for one in given.controls] == [(3, 80, 176)]
+    (stretched,) = item_of(prompt, edits(1, size=lambda size: (size[0] // 2, size[0] // 2)), 64).controls
+    whole = np.asarray(Image.open(tmp_path / "wide.png").resize((100, 100), Image.Resampling.LANCZOS))
+    assert torch.equal(stretched, images.to_tensor(whole))
+
+
+def test_a_prompt_without_the_pictures_that_its_model_needs_or_with_too_many_is_named(tmp_path, targets):
+    from library.prompts import check_controls, parse_line
+
+    line = f"make it blue --ci {targets / 'a.png'}"
+    one, two = (parse_line(line + (f" --ci {targets / 'b.png'}") * n, "here") for n in (0, 1))
+    check_controls([one, two], edits(2, least=1))
+    with pytest.raises(ConfigError, match="prompt 2 has 2 control pictures, Edit takes 1"):
+        check_controls([one, two], edits(1))
+    with pytest.raises(ConfigError, match="prompt 1 has 1 control pictures, Edit takes none"):
+        check_controls([one], edits(0))
+    with pytest.raises(ConfigError, match="prompt 1 has no control picture, and Edit edits pictures"):
+        check_controls([parse_line("make it blue", "here")], edits(1, least=1))

@@ -39,6 +39,8 @@ def test_every_sampling_has_the_quantiles_of_its_formula():
     assert np.allclose(mine(sampling="sigmoid", sigmoid_scale=1.7), sigmoid(1.7 * n), atol=1e-5)
     assert np.allclose(mine(sampling="shift"), shifted(sigmoid(n), 3.0), atol=1e-5)
     assert np.allclose(mine(sampling="flux_shift"), np.exp(mu) / (np.exp(mu) + 1 / sigmoid(n) - 1), atol=1e-5)
+    qwen = np.exp(0.5 + 0.4 * (1024 - 256) / (8192 - 256))
+    assert np.allclose(mine(sampling="qwen_shift"), shifted(sigmoid(n), qwen), atol=1e-5)
     assert np.allclose(mine(sampling="sigma"), shifted(1 - U, 3.0), atol=1e-5)
     logit = mine(sampling="sigma", weighting_scheme="logit_normal", logit_mean=-0.3, logit_std=0.8)
     assert np.allclose(logit, shifted(1 - sigmoid(-0.3 + 0.8 * n), 3.0), atol=1e-5)
@@ -46,7 +48,7 @@ def test_every_sampling_has_the_quantiles_of_its_formula():
     assert np.allclose(mine(sampling="sigma", weighting_scheme="mode"), shifted(1 - mode, 3.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "flux_shift", "sigma"])
+@pytest.mark.parametrize("sampling", ["uniform", "sigmoid", "shift", "flux_shift", "qwen_shift", "sigma"])
 def test_minimum_and_maximum_cut_the_distribution_and_keep_its_shape(sampling):
     free = mine(sampling=sampling)
     cut = mine(sampling=sampling, min_sigma=0.3, max_sigma=0.8)
@@ -113,6 +115,19 @@ def test_a_samplers_sigmas_go_from_noise_to_data():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=list(np.linspace(1, 0, 9)[:-1]))
     assert torch.allclose(flow.shifted_sigmas(8, 3.0), scheduler.sigmas, atol=1e-6)
+
+
+def test_sigmas_that_are_stretched_to_a_last_one_are_those_of_diffusers_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for steps, tokens in ((2, 256), (7, 1000), (50, 6889)):
+        mu = math.log(flow.qwen_shift(tokens))
+        for terminal in (0.02, 0.1):
+            theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal)
+            theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+            ours = flow.shifted_sigmas(steps, math.exp(mu), terminal)
+            assert torch.allclose(ours, theirs.sigmas, atol=1e-6) and ours[-2] == pytest.approx(terminal)
+    assert flow.shifted_sigmas(1, 3.0, 0.02).tolist() == [1, 0]
 
 
 def test_noising_velocity_and_perturbation():

@@ -94,6 +94,11 @@ def cropped(size: Size, unit: int) -> Placement:
     return _placed(bucket, size) if min(size) >= unit else single(size, bucket)
 
 
+def stretched(size: Size) -> Placement:
+    """The whole picture at exactly `size`, whatever its own proportions."""
+    return Placement(size, size, 0, 0)
+
+
 def of_area(size: Size, resolution: Size, unit: int) -> Placement:
     """In the picture's own proportions, with the area of `resolution`: musubi-tuner's rule for control pictures.
 

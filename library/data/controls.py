@@ -2,8 +2,9 @@
 
 In a control folder `cat.png` belongs to the picture `cat.jpg`, and so do `cat_0.png`, `cat_1.png`, ... in the order
 of their numbers; with several folders those of the first folder come first. Sizes are musubi-tuner's: each control
-covers the bucket of its picture, or keeps its own size (`no_resize_control`), or has its own proportions in an area
-of its own (`control_resolution`; both together: only where it is larger).
+keeps its own size (`no_resize_control`), or has its own proportions in an area of its own (`control_resolution`; both
+together: only where it is larger). Without both it has the size that the model's own pipeline gives it, if the family
+says one, and else covers the bucket of its picture.
 """
 
 from __future__ import annotations
@@ -106,12 +107,19 @@ def check(rows: list[scan.Found]) -> None:
         raise DatasetError(f"{len(faults)} control pictures cannot be used: {'; '.join(faults[:5])}; repair them")
 
 
-def placement(size: Size, bucket: Size, subset: SubsetSpec, unit: int) -> Placement:
-    """How a control of `size` becomes what the model sees beside a picture in `bucket`; sides: multiples of `unit`."""
+def placement(
+    size: Size, bucket: Size, subset: SubsetSpec, unit: int, published: Callable[[Size], Size] | None = None
+) -> Placement:
+    """How a control of `size` becomes what the model sees beside a picture in `bucket`; sides: multiples of `unit`.
+
+    `published` is the family's `control_size`.
+    """
     area = subset.control_resolution
     if area and not (subset.no_resize_control and size[0] * size[1] <= area[0] * area[1]):
         return buckets.of_area(size, area, unit)
-    return buckets.cropped(size, unit) if subset.no_resize_control else buckets.single(size, bucket)
+    if subset.no_resize_control:
+        return buckets.cropped(size, unit)
+    return buckets.stretched(published(size)) if published else buckets.single(size, bucket)
 
 
 def load(item: Item, flipped: bool = False) -> tuple[Tensor, ...]:

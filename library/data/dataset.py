@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +168,7 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
         if family is not None:
             _check_controls(train + held, family)
             _check_frames(train + held, family)
-        _place_controls(train + held, pixel_multiple)
+        _place_controls(train + held, pixel_multiple, family.control_size if family else None)
         trained += train
         held_out += held
     for k, item in enumerate(trained):
@@ -253,11 +253,17 @@ def _place(items: Iterable[Item], spec: DatasetSpec) -> None:
 
 
 def _check_controls(items: Iterable[Item], family: Any) -> None:
-    """Raises DatasetError naming items that have more controls than the model takes."""
+    """Raises DatasetError naming items that have more controls than the model takes, or fewer than it needs."""
+    items = list(items)
     with_controls, most = [item for item in items if item.controls], family.max_controls
     if over := [item.path.name for item in with_controls if len(item.controls) > most]:
         takes = f"{most} control pictures" if most else "no control pictures"
         raise DatasetError(f"{family.title} takes {takes}, but {names(over)} have more; take them out of the dataset")
+    if under := [item.path.name for item in items if len(item.controls) < family.least_controls]:
+        raise DatasetError(
+            f"{family.title} is trained on pairs of pictures, but {names(under)} have no control picture; "
+            "give control_directory, or control_path in the metadata file"
+        )
     if family.text_pictures and (mirrored := [item for item in with_controls if item.subset.flip_aug]):
         raise ConfigError(
             f"{mirrored[0].subset.source}: flip_aug does not go with {family.title}, whose text encoder sees the "
@@ -275,13 +281,13 @@ def _check_frames(items: Iterable[Item], family: Any) -> None:
         )
 
 
-def _place_controls(items: Iterable[Item], unit: int) -> None:
+def _place_controls(items: Iterable[Item], unit: int, published: Callable | None) -> None:
     for item in items:
         area = item.subset.control_resolution
         if item.controls and area and min(area) < unit:
             raise ConfigError(f"control_resolution {area[0]}x{area[1]} is below {unit}, which this model needs")
         item.control_placements = tuple(
-            controls.placement(size, item.placement.bucket, item.subset, unit) for size in item.control_sizes
+            controls.placement(size, item.placement.bucket, item.subset, unit, published) for size in item.control_sizes
         )
 
 

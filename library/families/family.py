@@ -132,6 +132,10 @@ class Family:
     encode_item: Callable[..., Cond] | None = None
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
     max_controls: int = 0  # control pictures that one item can have
+    least_controls: int = 0  # and must have
+    # (width, height of a control's file) -> the size that the published pipeline stretches it to; the dataset may say
+    # otherwise. None = a control covers its picture's bucket
+    control_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None
     frames: FrameRule | None = None  # of a video model: every item is then a clip, a picture one of a single frame
     variant_of: Callable[..., Family] | None = None  # (options) -> the record for these files and options
     recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
@@ -139,6 +143,8 @@ class Family:
     text_prefixes: tuple[str, ...] = ()  # LoRA names of the text encoders that can be trained, in their order
     inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
     sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
+    # (image tokens) -> the flow shift of a prompt that does not say; None = --discrete_flow_shift
+    sampling_shift: Callable[[int], float] | None = None
     # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance
     guide: Callable[..., Any] | None = None
 
