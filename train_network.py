@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library import options as option_machinery
+from library.crash import Recorder
 from library.errors import ConfigError, Interrupted, run
 from library.stops import Stops
 
@@ -47,6 +48,8 @@ class NetworkTrainer:
             except Interrupted:
                 self.finish()
                 raise
+            finally:
+                self.outputs.watch.close()
             self.finish()
 
     # ---------------------------------------------------------------- before the loop
@@ -205,6 +208,7 @@ class NetworkTrainer:
     def _micro_step(self, batch: Batch, number: int, index: int) -> Tensor:
         """Forward and backward of one batch; returns its share of the step's loss, still on the device."""
         self.runtime.seed(number, index)
+        self.runtime.now, self.at = "the forward and backward pass", batch  # for the sentence about a failure
         if self.network is not None and hasattr(self.network, "on_step_start"):  # optional in sd-scripts' interface
             self.network.on_step_start([], self.denoiser)
         with self.runtime.autocast():
@@ -254,6 +258,7 @@ class NetworkTrainer:
         import torch
 
         options = self.options
+        self.runtime.now = "the optimizer step after"
         self.runtime.reduce_gradients(self.parameters)
         loss = sum(losses) if losses else torch.zeros((), device=self.device)
         loss = self.agreement.sum(loss, self.stops.wishes())
@@ -288,8 +293,10 @@ class NetworkTrainer:
 def main(family_name: str | None = None, argv: list[str] | None = None) -> None:
     """Parse, check, train. The thin scripts call this with their family's name."""
     program = Path(sys.argv[0]).name
-    options = option_machinery.parse(family_name, argv, program)
-    NetworkTrainer(options).run()
+    with Recorder() as recorder:
+        recorder.options = option_machinery.parse(family_name, argv, program)
+        recorder.trainer = NetworkTrainer(recorder.options)
+        recorder.trainer.run()
 
 
 if __name__ == "__main__":

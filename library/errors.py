@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -54,21 +55,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`, turning user errors into one line on stderr and their exit code."""
+    """Run a program's `main`: whatever ends it, the last line is one sentence, with an exit code of its own.
+
+    A fault of the program (exit code 1) keeps its traceback above that line. `error.bundle`, where a run recorded
+    one (library.crash), is the folder with what a report needs.
+    """
     try:
         main()
+    except Interrupted as stop:
+        _last_line(str(stop), stop)
+        sys.exit(stop.exit_code)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _last_line(f"error: {error}", error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted; files that were saved before are whole", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        _last_line("interrupted; files that were saved before are whole, start again with the same command", error)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, since torch may not be imported here
-            raise
-        text = str(error).split(". ")[0]
-        print(
-            f"error: out of memory ({text}); try --gradient_checkpointing, a smaller batch or resolution",
-            file=sys.stderr,
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; by name, since torch may not be imported here
+            text = str(error).split(". ")[0]
+            _last_line(
+                f"error: out of memory ({text}); try --gradient_checkpointing, or a smaller batch or size", error
+            )
+            sys.exit(OutOfMemoryError.exit_code)
+        traceback.print_exc()
+        what = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no text'}"
         )
-        sys.exit(OutOfMemoryError.exit_code)
+        _last_line(f"error: a fault of the program, not of its options ({what}); please report it", error)
+        sys.exit(1)
+
+
+def _last_line(text: str, error: BaseException) -> None:
+    bundle = getattr(error, "bundle", None)
+    more = f"; what a report needs is in {bundle}" if bundle else ""
+    print(text + more, file=sys.stderr, flush=True)

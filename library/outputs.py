@@ -5,6 +5,7 @@ Auxiliary work may not kill training: samples, trackers and the report run guard
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from library.metadata import save_metadata, training_metadata
 from library.saving import Saves, Schedule, file_name
 from library.updates import Updates
 from library.validation import Validation
+from library.watch import Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +51,8 @@ class Outputs:
         self.captured: list[tuple] | None = None  # what a step hands to the dump, while one is computed again
         self.first_number = trainer.position.step
         self.updates = Updates(trainer)
+        beats = self.folder / f"{self.name}-heartbeat.json" if self._main else None
+        self.watch = Watch(beats, functools.partial(print, flush=True))
         if self._main:
             state.recover(self.folder, self.name)
             self.saves = Saves(trainer, self.say)
@@ -111,6 +115,7 @@ class Outputs:
             optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups),
         )
         self.step_started = now
+        self.watch.step(position.step)
         name = self.schedule.save_name(position.step)
         if name is None and (wishes.save or wishes.stop) and not last:
             name = file_name(self.name, step=position.step)
@@ -120,7 +125,8 @@ class Outputs:
             self._write_pending()
             trainer.guard.settle()
             state = self.options.save_state or wishes.save or wishes.stop
-            self._boundary(name, state, sample=sample and not wishes.stop, validate=validate, last=last)
+            with self.watch.doing("saving, validation and samples"):
+                self._boundary(name, state, sample=sample and not wishes.stop, validate=validate, last=last)
             self.step_started = time.perf_counter()
         if wishes.stop and not last:
             self._stopped()
@@ -280,6 +286,7 @@ class Outputs:
     # ---------------------------------------------------------------- at the end
 
     def finish(self) -> None:
+        self.watch.close(done=True)
         if self.options.log_with:
             self._guarded(self.runtime.accelerator.end_training, "closing the tracker")
         if self._main:

@@ -40,11 +40,15 @@ def image_tokens(family: Family, shape: tuple[int, ...]) -> int:
     return (shape[-2] // patch) * (shape[-1] // patch)
 
 
+def has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Runtime:
     def __init__(self, options: Options, family: Family) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        self.options, self.family, self.seconds = options, family, {}
+        self.options, self.family, self.seconds, self.now = options, family, {}, "the start"
         handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout or TIMEOUT))]
         self.accelerator = Accelerator(
             log_with=trackers.tracker_names(options) or None,
@@ -63,6 +67,8 @@ class Runtime:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world))
         if options.mixed_precision == "fp16" and self.device.type == "mps":
             raise ConfigError("--mixed_precision fp16 is not reliable on this device (mps); use bf16 or no")
+        if options.mixed_precision == "bf16" and self.device.type == "cuda" and not has_bf16():
+            raise ConfigError("--mixed_precision bf16: this GPU has no bf16 arithmetic; use fp16, or no")
         torch.manual_seed(options.seed)  # the network's first weights are drawn from it
         self.dtype = DTYPES[options.mixed_precision]
         self._vae = self._text = self._image = None
@@ -70,9 +76,10 @@ class Runtime:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of the enclosed work to `self.seconds[name]`."""
-        start = time.perf_counter()
+        """Add the seconds of the enclosed work to `self.seconds[name]`; `self.now` says what is being done."""
+        start, before, self.now = time.perf_counter(), self.now, name
         yield
+        self.now = before
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def wait(self, name: str) -> None:
