@@ -59,22 +59,28 @@ class Processes:
         if self.world == 1:
             return
         self.count += 1
-        began = told = time.monotonic()
-        seen: dict[int, tuple[int, float]] = {}
         try:
             self._place(f"{name} ({self.count})")
-            arrived = self._key("at", self.count)
-            self.store.add(arrived, 1)
-            while self.store.add(arrived, 0) < self.world:
-                now = time.monotonic()
-                self._check_alive(name, seen, now)
-                if now - told > TELL:
-                    told = now
-                    self.say(f"process {self.rank} waits at '{name}' for {now - began:.0f} s: {self._places()}")
-                time.sleep(POLL)
+            self.store.add(self._key("at", self.count), 1)
+            self._until("at", self.world, name)
             self._place("training")
+            if self.rank:
+                self.store.add(self._key("left", self.count), 1)
+            else:  # it may hold the store, and so leaves last
+                self._until("left", self.world - 1, name)
         except RuntimeError as error:  # the store's connection
             raise ProcessError(f"the process that keeps the others together has ended ({_first_line(error)})") from None
+
+    def _until(self, what: str, wanted: int, name: str) -> None:
+        began = told = time.monotonic()
+        seen: dict[int, tuple[int, float]] = {}
+        while self.store.add(self._key(what, self.count), 0) < wanted:
+            now = time.monotonic()
+            self._check_alive(name, seen, now)
+            if now - told > TELL:
+                told = now
+                self.say(f"process {self.rank} waits at '{name}' for {now - began:.0f} s: {self._places()}")
+            time.sleep(POLL)
 
     def _check_alive(self, name: str, seen: dict[int, tuple[int, float]], now: float) -> None:
         for rank in range(self.world):

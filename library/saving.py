@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING
 from library import checkpoints, state
 from library.errors import DiskError, Interrupted, NonFiniteError, UserError
 from library.health import bad_in_file, non_finite
-from library.state import MANIFEST
 from library.stops import again, resume_command
 
 if TYPE_CHECKING:
@@ -92,10 +93,11 @@ def _numbered(folder: Path, name: str, ending: str) -> list[tuple[int, Path]]:
 
 
 def remove(path: Path) -> None:
-    """A state loses its manifest first, so that a half-removed one is never taken for a whole one."""
+    """A state first loses its name, so that a half-removed one is never taken for a whole one."""
     if path.is_dir():
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        gone = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -278,13 +278,13 @@ def test_weights_that_are_no_numbers_never_replace_a_file(toy, pictures, tmp_pat
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_too_small(toy, pictures, tmp_path):  # noqa: F811
-    """A 3 MB file system: the run pauses in the middle of a state and goes on when somebody makes room."""
+    """A 12 MB file system: the run pauses in the middle of a state and goes on when somebody makes room."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]).returncode:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]).returncode:
         pytest.skip("mounting needs root")
     try:
-        (disk / "ballast").write_bytes(bytes(2 * 1024**2))
+        (disk / "ballast").write_bytes(bytes(11 * 1024**2))
         extra = ("--max_train_steps", "6", "--save_every_n_steps", "1", "--save_state")
         run = start(toy, pictures, disk, *extra)
         wait_for(lambda: "PAUSED" in run.text(), 120)
