@@ -7,6 +7,7 @@ A `Golden` says how one golden file's inputs are given to a family's `predict`. 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -91,6 +92,14 @@ class Golden:
     def model(self, folder: Path, with_lora: bool = False, dtype: Any = torch.float32) -> Any:
         return load(self.module.DENOISER, self.weights(with_lora), folder, dtype).requires_grad_(False)
 
+    def lora(self) -> dict[str, Any]:
+        """The file's LoRA as ComfyUI would have it."""
+        scale, loras = float(golden_metadata(self.file)["lora_scale"]), weights_of(golden(self.file), "lora.")
+        out = {f"diffusion_model.{key}": value for key, value in loras.items()}
+        for key in [key for key in out if key.endswith(".lora_A.weight")]:
+            out[key.replace(".lora_A.weight", ".alpha")] = torch.tensor(scale * len(out[key]))
+        return out
+
     def predict(self, model: Any, *inputs: Any) -> Any:
         return self.module.predict(model, *inputs, **self.options)
 
@@ -169,18 +178,23 @@ class FullSize:
         )
         return {key.removeprefix(start): tuple(shape) for key, shape in keys.items()}
 
-    def unclaimed(self, shapes: dict[str, Any]) -> set:
-        """Keys and shapes that the part's layout does not give exactly, apart from what a file may carry."""
+    def layout(self, name: str | None = None) -> Layout:
+        """The file's own layout, or the named one, of a model of its size."""
+        return _layout(self, name or self.part.recognise(self.shapes))
+
+    @property
+    def _model(self) -> Any:
+        return _model(self)
+
+    def unclaimed(self, shapes: dict[str, Any], layout: Layout) -> set:
+        """Keys and shapes that the layout does not give exactly, apart from what a file may carry."""
         below = {key: shape for key, shape in shapes.items() if not self.part.may_carry(key, shape)}
-        return {*meta_layout(self.part, shapes).their_shapes.items()} ^ {*below.items()}
+        return {*layout.their_shapes.items()} ^ {*below.items()}
 
     def adapter_stems(self, form: str) -> dict[str, Any]:
         """Names under which adapters of the modules that are trained by default are saved -> what they adapt."""
-        shapes = self.shapes
-        with torch.device("meta"):
-            model = self.part.build(self.part.config(shapes, {}, self.part.recognise(shapes)))
-        layout = meta_layout(self.part, shapes, next(iter(self.part.layouts)))
-        chosen = {n: t for n, t in targets_of(model, layout).items() if is_adapted(n, self.module.ADAPTED)}
+        layout = self.layout(next(iter(self.part.layouts)))
+        chosen = {n: t for n, t in targets_of(self._model, layout).items() if is_adapted(n, self.module.ADAPTED)}
         stems = {}
         for name, target in chosen.items():
             down, up = torch.zeros(1, *target.our_shape[1:]), torch.zeros(target.entry.shape[0], 1)
@@ -205,7 +219,7 @@ class FullSize:
         from diffusers.loaders import single_file_utils
 
         theirs = tagged(self.shapes)
-        mine = meta_layout(self.part, self.shapes).to_ours(theirs)
+        mine = self.layout().to_ours(theirs)
         other = getattr(single_file_utils, self.converter)(dict(theirs))
         same = {key for key in mine if key in other and torch.equal(mine[key].flatten(), other[key].flatten())}
         return sorted((mine.keys() | other.keys()) - same)
@@ -217,12 +231,27 @@ def identity(shapes: dict[str, tuple[int, ...]]) -> Any:
     return identify(Checkpoint(Path("x"), (Header(Path("x"), tensors, {}, 8),)))
 
 
-def meta_layout(part: Any, shapes: dict[str, Any], name: str | None = None) -> Layout:
-    """The layout (the keys' own, or the named one) of a model of this size, on the meta device."""
-    own = part.recognise(shapes)
+@functools.cache
+def _model(real: FullSize) -> Any:
+    return meta_model(real.part, real.shapes)
+
+
+@functools.cache
+def _layout(real: FullSize, name: str) -> Layout:
+    ours = shapes_of(_model(real))
+    return Layout(name, rows_of(real.part, name, ours), ours)
+
+
+def meta_model(part: Any, shapes: dict[str, Any]) -> Any:
+    """A model of this size on the meta device."""
     with torch.device("meta"):
-        ours = shapes_of(part.build(part.config(shapes, {}, own)))
-    return Layout(name or own, rows_of(part, name or own, ours), ours)
+        return part.build(part.config(shapes, {}, part.recognise(shapes)))
+
+
+def meta_layout(part: Any, shapes: dict[str, Any]) -> Layout:
+    """The layout that the keys have, of a model of their size."""
+    name, ours = part.recognise(shapes), shapes_of(meta_model(part, shapes))
+    return Layout(name, rows_of(part, name, ours), ours)
 
 
 def tagged(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

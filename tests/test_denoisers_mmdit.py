@@ -12,6 +12,7 @@ from library.checkpointing import checkpoint_blocks
 from library.checkpoints import load_part, save_part
 from library.errors import ConfigError
 from library.layout import shapes_of
+from networks import lora
 
 EVERY_CASE = [pytest.param(g, case, id=f"{g.file}-{case}") for g in GOLDENS for case in g.cases]
 EVERY_FILE = [pytest.param(g, id=g.file) for g in GOLDENS]
@@ -34,6 +35,17 @@ def test_a_lora_in_the_files_own_coordinates_gives_the_independent_implementatio
 
 
 @pytest.mark.parametrize("file", EVERY_FILE)
+def test_a_comfyui_lora_attached_to_the_model_gives_that_output_too(file, tmp_path):
+    model, tensors = file.model(tmp_path), file.lora()
+    network, _ = lora.create_network_from_weights(1.0, None, None, None, model, weights_sd=tensors)
+    network.apply_to(None, model, False, True)
+    network.load_tensors(tensors, "golden")
+    with torch.no_grad():
+        out = file.predict(model, *file.inputs_of_last)
+    assert relative(out, file.output(file.cases[-1], "out_lora")) < file.tolerance
+
+
+@pytest.mark.parametrize("file", EVERY_FILE)
 def test_a_saved_model_is_the_file_that_was_loaded(file, tmp_path):
     from safetensors.torch import load_file
 
@@ -44,17 +56,17 @@ def test_a_saved_model_is_the_file_that_was_loaded(file, tmp_path):
 
 @pytest.mark.parametrize("real", EVERY_SIZE)
 def test_every_key_of_the_real_file_is_claimed_with_its_shape(real):
-    assert not real.unclaimed(real.shapes)
+    assert not real.unclaimed(real.shapes, real.layout())
 
 
 @pytest.mark.parametrize("real", EVERY_SIZE)
 def test_the_toy_file_is_a_whole_small_model(real):
-    assert not real.unclaimed(real.toy)
+    assert not real.unclaimed(real.toy, meta_layout(real.part, real.toy))
 
 
 @pytest.mark.parametrize("real", EVERY_SIZE)
 def test_a_diffusers_folder_gives_the_same_model(real):
-    ours = meta_layout(real.part, real.shapes).shapes
+    ours = real.layout().shapes
     assert real.part.recognise(ours) == ("diffusers" if "diffusers" in real.part.layouts else "comfy")
     assert meta_layout(real.part, ours).shapes == ours
 
@@ -64,7 +76,7 @@ def test_without_a_file_the_model_has_the_released_size(family):
     real = next(real for real in FULL_SIZE if real.family == family)
     with torch.device("meta"):
         shapes = shapes_of(real.part.build({}))
-    expected = meta_layout(real.part, real.shapes).shapes
+    expected = real.layout().shapes
     assert {key: shapes.get(key) for key in expected if "guidance" not in key} == {
         key: shape for key, shape in expected.items() if "guidance" not in key
     }
@@ -187,7 +199,7 @@ TENCENT = (  # what ComfyUI replaces in Tencent's names as it loads them
 
 def test_tencents_names_are_what_comfyui_makes_its_own_from():
     real = next(real for real in FULL_SIZE if real.name == "hunyuan_image")
-    original, comfy = (meta_layout(real.part, real.shapes, name) for name in ("original", "comfy"))
+    original, comfy = real.layout("original"), real.layout("comfy")
     renamed = {}
     for entry in original.entries:
         name = entry.theirs
