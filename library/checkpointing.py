@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> int:
-    """Recompute each block of the model's module lists `names` in the backward pass; returns how many blocks."""
+def checkpoint_blocks(model: nn.Module, names: Iterable[str], around: Callable = lambda call: call) -> int:
+    """Recompute each block of the model's module lists `names` in the backward pass; returns how many blocks.
+
+    `around` wraps each checkpointed call; hooks that it sets see the inputs that are kept for the recomputation.
+    """
     blocks = [block for name in names for block in model.get_submodule(name)]
     for block in blocks:
-        block.forward = _checkpointed(block.forward)
+        block.forward = around(_checkpointed(block.forward))
     return len(blocks)
 
 
@@ -26,7 +30,13 @@ def _checkpointed(forward: Callable) -> Callable:
     def wrapped(*args: object, **kwargs: object) -> object:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))  # torch looks for tensors among positional arguments alone
+
+        def run(*values: object) -> object:
+            given, named = tree_unflatten(values, structure)
+            return forward(*given, **named)
+
+        return checkpoint(run, *leaves, use_reentrant=False)
 
     return wrapped
 

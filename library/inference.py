@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
+from library.option_table import ATTENTIONS
 from library.prompts import (
     Prompt,
     check,
@@ -24,6 +25,7 @@ from library.prompts import (
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import Tensor
 
     from library.families.family import Family, Part
 
@@ -73,6 +75,12 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--save_path", required=True, help="a .png file for one --prompt, or a folder")
     add("--device", default=None, help="cuda, cpu, mps; default: the best there is")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default: bfloat16, float32 on a CPU")
+    add(
+        "--blocks_to_swap", type=int, default=0, help="blocks that stay on the host and are copied in when they compute"
+    )
+    add("--attn_mode", choices=ATTENTIONS, default="torch", help="attention")
+    add("--text_encoder_cpu", action="store_true", help="text encoders compute on the CPU")
+    add("--highvram", action="store_true", help="keep denoiser and VAE on the device: each picture is saved once drawn")
     add("--fp8_scaled", action="store_true", help="hold the denoiser's blocks in fp8 with a scale for every 64 values")
     return parser
 
@@ -131,8 +139,14 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
         return
     conds = [studio.conditions(prompt) for prompt in prompts]
     studio.drop_encoders()  # never resident together with the denoiser
-    for path, prompt, pair, seed in zip(paths, prompts, conds, seeds, strict=True):
-        _save(studio.draw(prompt, pair, seed), path, prompt)
+    if arguments.highvram:
+        for path, prompt, pair, seed in zip(paths, prompts, conds, seeds, strict=True):
+            _save(studio.decode(studio.latents(prompt, pair, seed)), path, prompt)
+        return
+    drawn = [studio.latents(prompt, pair, seed) for prompt, pair, seed in zip(prompts, conds, seeds, strict=True)]
+    studio.drop_denoiser()
+    for path, prompt, latents in zip(paths, prompts, drawn, strict=True):
+        _save(studio.decode(latents), path, prompt)
 
 
 def _say(prompts: list[Prompt], family: Family) -> None:
@@ -164,16 +178,19 @@ def interact(studio: Studio, first: int) -> None:
         _say([prompt], studio.family)
         seed = seed_of(prompt, number, first)
         path = Path(arguments.save_path) / f"{number:03d}_{seed}.png"
-        _save(studio.draw(prompt, studio.conditions(prompt), seed), path, prompt)
+        _save(studio.decode(studio.latents(prompt, studio.conditions(prompt), seed)), path, prompt)
         number += 1
 
 
 def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path]) -> Family:
     """All files, from their headers; returns the family for them. Raises ConfigError."""
     from library.checkpoints import check_writable
-    from library.preflight import check_parts
+    from library.memory import swap_plan
+    from library.preflight import check_attention, check_parts
 
     family, _ = check_parts(family, arguments)
+    swap_plan.check(family, arguments)
+    check_attention(arguments)
     if len(arguments.lora_multiplier) > len(arguments.lora_weight):
         raise ConfigError(
             f"{len(arguments.lora_multiplier)} --lora_multiplier for {len(arguments.lora_weight)} --lora_weight"
@@ -200,20 +217,24 @@ class Studio:
     def __init__(self, family: Family, arguments: argparse.Namespace) -> None:
         import torch
 
+        from library.memory.denoiser import DenoiserMemory
+
         self.family, self.arguments = family, arguments
         self.device = arguments.device or _device()
         self.dtype = getattr(torch, arguments.dtype or ("float32" if self.device == "cpu" else "bfloat16"))
+        self.text_device = "cpu" if arguments.text_encoder_cpu else self.device
+        self.memory = DenoiserMemory(arguments, family, self.device)
         self.settings = {option.name: getattr(arguments, option.name) for option in family.inference_options}
 
     def _load(self, part: Part, dtype: torch.dtype | None = None) -> torch.nn.Module:
         from library import checkpoints
         from library.memory.loading import Loading
-        from library.memory.precision import denoiser_recipe
 
         dtype, path = dtype or self.dtype, checkpoints.path_of(part, self.arguments)
-        recipe = denoiser_recipe(self.arguments, self.family) if part is self.family.denoiser else None
-        loading = Loading(recipe, self.device, dtype)
-        model = checkpoints.load_part(part, path, dtype=dtype, device=self.device, loading=loading)
+        denoiser = part is self.family.denoiser
+        device = self.text_device if part in self.family.text_encoders else self.device
+        loading = self.memory.loading(dtype) if denoiser else Loading(None, device, dtype)
+        model = checkpoints.load_part(part, path, dtype=dtype, device=device, loading=loading)
         return model.requires_grad_(False).eval()
 
     @functools.cached_property
@@ -237,11 +258,16 @@ class Studio:
         model = self._load(self.family.denoiser)
         model.binding.adapted = self.family.adapted
         _add_networks(model, self.arguments, self.device, self.dtype)
+        self.memory.prepare(model)
         return model
 
     def drop_encoders(self) -> None:
-        for name in ("encoders", "image_encoders"):
+        for name in ("encoders", "image_encoders", *(() if self.arguments.highvram else ("vae",))):
             self.__dict__.pop(name, None)
+
+    def drop_denoiser(self) -> None:
+        self.__dict__.pop("denoiser", None)
+        self.memory.forget()
 
     def conditions(self, prompt: Prompt) -> tuple[dict, dict]:
         """What conditions a picture, on the CPU."""
@@ -249,24 +275,29 @@ class Studio:
         from library.strategies import Encoders
 
         def encode(request: Any) -> dict:
-            return self.family.encode(*self.encoders, request.text(self.family), self.device)
+            return self.family.encode(*self.encoders, request.text(self.family), self.text_device)
 
         pictures = Encoders(lambda: self.vae, lambda: self.image_encoders)
         pair = conditions_of(prompt, self.family, encode, pictures, self.family.resolution, self.device)
         cond, uncond = ({name: value.cpu() for name, value in one.items()} for one in pair)
         return cond, uncond
 
-    def draw(self, prompt: Prompt, pair: tuple[dict, dict], seed: int) -> np.ndarray:
-        """uint8 [H,W,3]."""
+    def latents(self, prompt: Prompt, pair: tuple[dict, dict], seed: int) -> Tensor:
+        """[1,C,h,w] float32, on the device."""
         from library import sample
 
         family, denoiser = self.family, self.denoiser
         shape = sample.latent_shape(family, prompt, family.channels_of(denoiser), family.resolution)
-        latents = sample.generate_latents(
+        return sample.generate_latents(
             family, denoiser, *pair, shape=shape, seed=seed, steps=prompt.sample_steps, scale=prompt.scale,
             shift=sample.shift_of(prompt, family, shape, 1.0), device=self.device, settings=self.settings,
         )  # fmt: skip
-        return sample.decode(family, self.vae, latents)
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """uint8 [H,W,3]."""
+        from library import sample
+
+        return sample.decode(self.family, self.vae, latents)
 
 
 def _add_networks(denoiser: Any, arguments: argparse.Namespace, device: str, dtype: torch.dtype) -> None:

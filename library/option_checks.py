@@ -118,6 +118,7 @@ RULES: tuple[Rule, ...] = (
     _rule("dim_from_weights", lambda o: o.network_weights, "without --network_weights"),
     _rule("base_weights_multiplier", lambda o: o.base_weights, "without --base_weights"),
     # memory
+    _rule("cpu_offload_checkpointing", lambda o: o.gradient_checkpointing, "without --gradient_checkpointing"),
     _rule("sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap",
           lambda o: o.blocks_to_swap, "without --blocks_to_swap"),
     _rule("sample_blocks_to_swap highvram", lambda o: o.sample_prompts, "without --sample_prompts"),
@@ -259,6 +260,17 @@ def _check_run(options: Options) -> None:
 
 
 def _check_memory(options: Options) -> None:
+    if options.cpu_offload_checkpointing and options.blocks_to_swap:
+        raise ConfigError(
+            "--cpu_offload_checkpointing does not go with --blocks_to_swap: both would fill the same bus to the host; "
+            "remove one of them"
+        )
+    if options.attn_mode == "sageattn":
+        raise ConfigError(
+            "--attn_mode sageattn has no backward pass, so it cannot train; use it in the inference script"
+        )
+    if options.attn_mode == "flash" and options.mixed_precision == "no":
+        raise ConfigError("--attn_mode flash computes in half precision only; add --mixed_precision bf16")
     more, swapped = options.sample_blocks_to_swap, options.blocks_to_swap
     if more is not None and more > swapped:
         raise ConfigError(f"--sample_blocks_to_swap {more} is more than --blocks_to_swap {swapped}; take fewer")

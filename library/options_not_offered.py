@@ -11,7 +11,7 @@ _NO_TEXT_TRAINING = "no family here trains its text encoders"
 _NOT_YET = "not offered yet"
 _HUB = "uploads to and resuming from the hub are not offered; upload the finished file yourself"
 _DDPM = "it has no meaning for flow-matching models, and the families here are such"
-_SDPA = "the models use torch's scaled_dot_product_attention; remove the option"
+_ATTENTION = "use --attn_mode; torch's scaled_dot_product_attention is the default"
 _CONSOLE = "messages go to the terminal; every run writes a JSONL log"
 _POSITION = "--resume restores the exact position from the state"
 _SD_ONLY = "only Stable Diffusion 1, 2 and XL read it"
@@ -40,10 +40,8 @@ NOT_OFFERED: dict[str, str] = {
     **_all("multires_noise_iterations multires_noise_discount scale_v_pred_loss_like_noise_pred", _DDPM),
     **_all("v_pred_like_loss debiased_estimation_loss", _DDPM),
     **_all("training_shift", "use --timestep_sampling sigma with --discrete_flow_shift"),
-    **_all("mem_eff_attn xformers sdpa", _SDPA),
-    **_all("cpu_offload_checkpointing", _NOT_YET),
-    **_all("torch_compile dynamo_backend attn_mode split_attn vae_chunk_size", _NOT_YET),
-    **_all("unsloth_offload_checkpointing text_encoder_cpu", _NOT_YET),
+    **_all("mem_eff_attn xformers sdpa use_flash_attn use_sage_attn", _ATTENTION),
+    **_all("torch_compile dynamo_backend vae_chunk_size", _NOT_YET),
     **_all("lowram", "every weight goes straight from the memory map of its file to its place"),
     **_all("split_mode", "use --blocks_to_swap, which works in LoRA training and in a full fine-tune"),
     **_all("ddp_gradient_as_bucket_view ddp_static_graph", "no DistributedDataParallel is used"),

@@ -54,6 +54,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     output_dir = Path(options.output_dir)
     family, parts = check_parts(options.family, options)
     swap_plan.check(family, options)
+    check_attention(options)
     _check_network(options)
     _check_prompts(options, family)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))
@@ -98,6 +99,14 @@ def _world() -> int:
     import os
 
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_attention(options: Any) -> None:
+    """Load the library of --attn_mode, if it is one. Raises ConfigError."""
+    if options.attn_mode in ("xformers", "flash", "sageattn"):
+        from library.memory.attention import kernel
+
+        kernel(options.attn_mode)
 
 
 def _check_network(options: Options) -> None:

@@ -99,12 +99,13 @@ class Runtime:
         return self._vae
 
     def _load(self, part: Part, dtype: torch.dtype) -> torch.nn.Module:
-        loading = Loading(text_recipe(self.options, part), self.device, dtype)
+        on_cpu = self.options.text_encoder_cpu and part in self.family.text_encoders
+        loading = Loading(text_recipe(self.options, part), "cpu" if on_cpu else self.device, dtype)
         return self._load_part(part, dtype, loading).requires_grad_(False).eval()
 
     def _load_part(self, part: Part, dtype: torch.dtype, loading: Loading) -> torch.nn.Module:
         path = checkpoints.path_of(part, self.options)
-        model = checkpoints.load_part(part, path, dtype=dtype, device=self.device, loading=loading)
+        model = checkpoints.load_part(part, path, dtype=dtype, device=loading.device, loading=loading)
         if loading.recipe and self.is_main:
             print(f"{part.name}: {loading.summary()}", flush=True)
         return model

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from library.checkpointing import checkpoint_blocks
 from library.memory import swap_plan
+from library.memory.activations import HostActivations
+from library.memory.attention import Attention
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe
 from library.memory.swap import BlockSwap
@@ -41,6 +43,7 @@ class DenoiserMemory:
     def prepare(self, model: torch.nn.Module, *, trained: bool = False, checkpointed: bool = False) -> None:
         """Wrap the blocks: swapped inside, checkpointed outside, so that a recomputation fetches its block again."""
         self.model = model
+        self._choose_attention(model)
         if self.swapped:
             self.swap = BlockSwap(
                 [model.get_submodule(name) for name in swap_plan.block_names(model, self.family, self.swapped)],
@@ -51,12 +54,30 @@ class DenoiserMemory:
                 checkpointed=checkpointed,
             )
         if checkpointed:
-            checkpoint_blocks(model, self.family.blocks)
+            offload = getattr(self.options, "cpu_offload_checkpointing", False)
+            self.activations = HostActivations(self.device) if offload else None
+            around = {"around": self.activations.around} if offload else {}
+            checkpoint_blocks(model, self.family.blocks, **around)
+
+    def _choose_attention(self, model: torch.nn.Module) -> None:
+        mode, split = getattr(self.options, "attn_mode", None) or "torch", getattr(self.options, "split_attn", False)
+        if mode in ("torch", "sdpa") and not split:
+            return
+        attention = Attention(mode, split)
+        model.forward = attention.wrapped(model.forward)
+        for block in (block for name in self.family.blocks for block in model.get_submodule(name)):
+            block.forward = attention.wrapped(block.forward)  # again in the backward pass, outside of the model's
 
     def before_update(self) -> None:
         """The optimizer, saves and states find every weight, and its gradient, where they are to stay."""
         if self.swap is not None:
             self.swap.park()
+
+    def forget(self) -> None:
+        """Drop the denoiser, which nothing else holds."""
+        self.model = self.swap = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def together(self, gradients: list[Tensor]) -> list[list[Tensor]]:
         """Gradients in parts that are reduced at once: what is on the device, then a swapped block after another."""
