@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +59,18 @@ class NetworkTrainer:
         """Caches, models, network, optimizer, resume; each phase's seconds are kept for the report."""
         from library.runtime import Runtime
 
-        self.runtime = Runtime(self.options, self.family)
+        self.runtime = Runtime(self.options, self.plan)
         self.device = self.runtime.device
         with self.runtime.phase("caching"):
             self._prepare_conditions()
         with self.runtime.phase("loading"):
             self.denoiser = self.runtime.load_denoiser()
+            self.encoders = list(self.runtime.trained_encoders.values())
             self.network = self._create_network() if self.options.network_module else None
-            self.runtime.prepare_denoiser(self.denoiser, trained=self.network is None)
+            whole = self.network is None
+            self.runtime.prepare_denoiser(self.denoiser, trained=whole and self.plan.trained.denoiser)
+            if whole and self.encoders:
+                self.runtime.freeze_unread()
         self._create_optimizer()
         self.position = self.resumed
         if self.plan.resume:
@@ -88,21 +93,28 @@ class NetworkTrainer:
         asked = [prompts.requests_of(prompt, self.family) for prompt in self.prompts]
         extra = [strategies.Request(""), *(request for pair in asked for request in pair)]
         self.text = strategies.text_source(
-            self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world
-        )
+            self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world,
+            is_trained=self.plan.trained.any_text,
+        )  # fmt: skip
         if runtime.is_main:
             self._report_truncations()
         runtime.wait("caching")
-        self.sample_conds = self._sample_conditions(encoders)
+        self.sample_conds = self._sample_conditions(encoders)  # a function: trained encoders give others every time
         runtime.release(keep_text=not self.text.cached, keep_vae=not self.latents.cached)
 
-    def _sample_conditions(self, encoders: Encoders) -> list[tuple]:
+    def _sample_conditions(self, encoders: Encoders) -> Callable[[], list[tuple]]:
         from library.sample import conditions_of
 
         side = max(self.dataset.items[0].placement.bucket)
-        return [
-            conditions_of(prompt, self.family, self.text.get, encoders, side, self.device) for prompt in self.prompts
-        ]
+
+        def now() -> list[tuple]:
+            get = self.text.get
+            return [conditions_of(prompt, self.family, get, encoders, side, self.device) for prompt in self.prompts]
+
+        if self.plan.trained.any_text:
+            return now
+        made = now()
+        return lambda: made
 
     def _report_truncations(self) -> None:
         """Name the captions that are longer than the model reads, with the part that is cut."""
@@ -123,7 +135,7 @@ class NetworkTrainer:
             self.runtime.add_base(base, path, weights, self.denoiser)
         if options.dim_from_weights:
             network, _ = module.create_network_from_weights(
-                1.0, options.network_weights, None, [], self.denoiser, **arguments
+                1.0, options.network_weights, None, self.encoders, self.denoiser, **arguments
             )
         else:
             arguments.setdefault("dropout", options.network_dropout)
@@ -134,14 +146,14 @@ class NetworkTrainer:
                 options.network_dim,
                 options.network_alpha,
                 None,
-                [],
+                self.encoders,
                 self.denoiser,
                 neuron_dropout=options.network_dropout,
                 **arguments,
             )
         if network is None:
             raise ConfigError(f"--network_module {options.network_module} gave no network for these options")
-        network.apply_to([], self.denoiser, False, True)
+        network.apply_to(self.encoders, self.denoiser, bool(self.encoders), self.plan.trained.denoiser)
         if options.network_weights:
             print(f"network weights: {network.load_weights(options.network_weights)}")
         self.runtime.prepare_network(network)
@@ -198,7 +210,9 @@ class NetworkTrainer:
             outputs.step_begins()
             optim.train_mode(self.optimizer)
             if self.network is not None:
-                self.network.on_epoch_start([], self.denoiser)  # train mode; cheap, and samples may have left it
+                self.network.on_epoch_start(
+                    self.encoders, self.denoiser
+                )  # train mode; cheap, and samples may have left it
             losses = [self._micro_step(batch, step.number, k) for k, batch in enumerate(step.batches)]
             outputs.after_backward()
             loss, norm = self._update(step, losses)
@@ -210,7 +224,7 @@ class NetworkTrainer:
         self.runtime.seed(number, index)
         self.runtime.now, self.at = "the forward and backward pass", batch  # for the sentence about a failure
         if self.network is not None and hasattr(self.network, "on_step_start"):  # optional in sd-scripts' interface
-            self.network.on_step_start([], self.denoiser)
+            self.network.on_step_start(self.encoders, self.denoiser)
         with self.runtime.autocast():
             loss = self.step(batch)
         loss = loss.mean() * batch.share
@@ -279,12 +293,18 @@ class NetworkTrainer:
     def save(self, path: Path, metadata: dict[str, str]) -> str:
         """Write the network or the model under the family's names; returns the line about its keys."""
         from library import checkpoints
+        from library.whole import save_whole
 
         dtype = self.runtime.save_dtype()
         if self.network is not None:
             return self.network.save_weights(str(path), dtype, metadata)
+        if self.family.container:
+            return save_whole(self.family, self._trained_models(), self.options, path, metadata, dtype)
         checkpoints.save_part(self.denoiser, path, metadata, dtype)
         return f"{len(self.denoiser.binding.layout.entries)} tensors of the model"
+
+    def _trained_models(self) -> dict[str, torch.nn.Module]:
+        return {self.family.denoiser.name: self.denoiser} | self.runtime.trained_encoders
 
     def finish(self) -> None:
         self.outputs.finish()

@@ -14,16 +14,29 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from library.layout import modules_like
+
 
 def checkpoint_blocks(model: nn.Module, names: Iterable[str], around: Callable = lambda call: call) -> int:
     """Recompute each block of the model's module lists `names` in the backward pass; returns how many blocks.
 
     `around` wraps each checkpointed call; hooks that it sets see the inputs that are kept for the recomputation.
     """
-    blocks = [block for name in names for block in model.get_submodule(name)]
+    blocks = blocks_of(model, names)
     for block in blocks:
         block.forward = around(_checkpointed(block.forward))
     return len(blocks)
+
+
+def blocks_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The blocks in the module lists `names`; the star of `down_blocks.*.resnets` is every block with such a list."""
+    return [block for name in modules_like(model, names) for block in model.get_submodule(name)]
+
+
+def largest_list(model: nn.Module) -> list[str]:
+    """Name of the module list with most parameters, the blocks of a text encoder."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return sorted(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))[-1:]
 
 
 def _checkpointed(forward: Callable) -> Callable:

@@ -241,7 +241,11 @@ class Studio:
     def encoders(self) -> tuple[list[torch.nn.Module], list[Any]]:
         from library.components.tokenizers import load_tokenizers
 
-        return [self._load(part) for part in self.family.text_encoders], load_tokenizers(self.family, self.arguments)
+        models = [self._load(part) for part in self.family.text_encoders]
+        for model, prefix in zip(models, self.family.text_prefixes, strict=False):
+            model.binding.lora_key = prefix.removeprefix("lora_")
+        _merge_text(models, self.arguments)
+        return models, load_tokenizers(self.family, self.arguments)
 
     @functools.cached_property
     def image_encoders(self) -> list[torch.nn.Module]:
@@ -291,6 +295,7 @@ class Studio:
         return sample.generate_latents(
             family, denoiser, *pair, shape=shape, seed=seed, steps=prompt.sample_steps, scale=prompt.scale,
             shift=sample.shift_of(prompt, family, shape, 1.0), device=self.device, settings=self.settings,
+            sampler=prompt.sample_sampler or self.settings.get("sample_sampler"),
         )  # fmt: skip
 
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -300,11 +305,24 @@ class Studio:
         return sample.decode(self.family, self.vae, latents)
 
 
+def _strengths(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """(file, strength) of every LoRA."""
+    strengths = [*arguments.lora_multiplier, *[1.0] * len(arguments.lora_weight)]
+    return list(zip(arguments.lora_weight, strengths, strict=False))
+
+
+def _merge_text(encoders: list[Any], arguments: argparse.Namespace) -> None:
+    from networks import lora
+
+    for path, strength in _strengths(arguments):
+        if line := lora.merge_text(encoders, path, strength):
+            print(line, flush=True)
+
+
 def _add_networks(denoiser: Any, arguments: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
     from library.memory.base_networks import add_network
     from networks import lora
 
-    strengths = [*arguments.lora_multiplier, *[1.0] * len(arguments.lora_weight)]
-    for path, strength in zip(arguments.lora_weight, strengths, strict=False):
+    for path, strength in _strengths(arguments):
         network, weights = lora.create_network_from_weights(strength, path, None, [], denoiser, for_inference=True)
         add_network(network, path, weights, denoiser, device, dtype)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from library.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -206,6 +206,22 @@ def count(keys: Iterable[str], name: str) -> int:
     """How many numbered blocks `name.0`, `name.1`, ... these keys have: one more than the highest number."""
     start = name + "."
     return 1 + max((int(key[len(start) :].split(".")[0]) for key in keys if key.startswith(start)), default=-1)
+
+
+def is_below(name: str, pattern: str) -> bool:
+    """Whether a dotted name lies below another, in which `*` stands for one part: `blocks.*.attn`."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) > len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False))
+
+
+def modules_like(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Names of the modules that the patterns mean, in their order; a name without `*` stands for itself."""
+    known, out = [name for name, _ in model.named_modules()], []
+    for pattern in patterns:
+        depth = pattern.count(".")
+        like = [name for name in known if name.count(".") == depth and is_below(f"{name}.", pattern)]
+        out += like if "*" in pattern else [pattern]
+    return out
 
 
 def shapes_of(model) -> dict[str, Shape]:

@@ -46,6 +46,7 @@ _COPIED = (
     "mode_scale model_prediction_type min_timestep max_timestep"
 )
 COPIED = tuple(_COPIED.split())
+RENAMED = {"debiased_estimation_loss": "debiased_estimation"}  # options of families that sd-scripts writes otherwise
 SPEC = ("author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",
         "is_negative_embedding")  # fmt: skip
 
@@ -65,11 +66,13 @@ def training_metadata(
     """
     started = time.time()
     values = {f"ss_{name}": getattr(options, name) for name in COPIED}
+    own = [option.name for option in family.options]
+    values |= {f"ss_{RENAMED.get(name, name)}": getattr(options, name) for name in own}
     values |= {
         "ss_session_id": secrets.randbelow(2**32),
         "ss_training_started_at": started,
-        "ss_text_encoder_lr": None,
-        "ss_v2": False,
+        "ss_text_encoder_lr": options.text_encoder_lr,
+        "ss_v2": family.base_model_version.startswith("sd_v2"),
         "ss_base_model_version": family.base_model_version,
         "ss_model_type": family.name,
         "ss_optimizer": _optimizer(options),
@@ -179,7 +182,7 @@ def model_spec(
         "title": options.metadata_title or options.output_name,
         "resolution": f"{width}x{height}",
         "date": _date(when),
-        "prediction_type": "flow",
+        "prediction_type": family.objective.prediction_type,
         "timestep_range": _timesteps(options),
         "thumbnail": _thumbnail(Path(options.metadata_thumbnail)) if options.metadata_thumbnail else None,
         **{name: getattr(options, f"metadata_{name}") for name in SPEC},

@@ -41,6 +41,7 @@ class Objective:
     draw: Callable[..., dict[str, Tensor]] = lambda generator, shape, options: {}
     shape_noise: Callable[..., Tensor] = lambda noise, drawn, x0, options: noise
     prediction_type: str = "flow"  # modelspec's word for what the denoiser predicts
+    zero_terminal_snr: bool = False  # of DDPM: the last timestep holds no data
 
     def sampler(self, name: str | None = None) -> Sampler:
         """The sampler of that name; None = the objective's first."""
@@ -143,6 +144,7 @@ def ddpm(prediction: str = "epsilon", zero_terminal_snr: bool = False) -> Object
         draw=_draw_shapes,
         shape_noise=_shape_noise,
         prediction_type=prediction,
+        zero_terminal_snr=zero_terminal_snr,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import ConfigError, nearest
 from library.memory.precision import DENOISER, TEXT_KINDS
+from library.objective import FLOW
 from library.option_kinds import parse_pairs
 
 if TYPE_CHECKING:
@@ -112,8 +113,12 @@ RULES: tuple[Rule, ...] = (
           "without masks: give conditioning_data_dir in --dataset_config, or --alpha_mask"),
     # network
     _rule("network_dim network_alpha network_dropout network_args network_weights dim_from_weights "
-          "network_train_unet_only scale_weight_norms base_weights unet_lr save_format",
+          "scale_weight_norms base_weights save_format",
           lambda o: o.network_module, "without --network_module, where the model itself is trained"),
+    _rule("text_encoder_lr network_train_text_encoder_only", lambda o: o.family.text_prefixes,
+          "with --model_type {model_type}, whose text encoders are not trained"),
+    _rule("network_train_unet_only unet_lr", lambda o: o.network_module or o.family.text_prefixes,
+          "without --network_module, where the model itself is trained"),
     _rule("network_dim network_alpha", lambda o: not o.dim_from_weights, "with --dim_from_weights"),
     _rule("dim_from_weights", lambda o: o.network_weights, "without --network_weights"),
     _rule("base_weights_multiplier", lambda o: o.base_weights, "without --base_weights"),
@@ -173,6 +178,7 @@ def check_read(options: Options) -> None:
         for name in rule.names:
             if options.given(name) and not options.off(name) and not rule.read(options):
                 raise ConfigError(f"{_shown(options, name)} has no effect {rule.why.format(**values)}; remove it")
+    _check_objective(options)
     _check_scheduler(options)
     _check_optimizer(options)
     _check_saving(options)
@@ -184,6 +190,15 @@ def _shown(options: Options, name: str) -> str:
     value = options.as_dict()[name]
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"--{name}{'' if value is True else ' ' + text} ({options.origin(name)})"
+
+
+def _check_objective(options: Options) -> None:
+    family = options.family
+    for name in sorted(FLOW.reads - family.objective.reads):
+        if options.given(name) and not options.off(name):
+            raise ConfigError(
+                f"{_shown(options, name)} has no effect: {family.title} is no flow-matching model; remove it"
+            )
 
 
 def _check_scheduler(options: Options) -> None:

@@ -7,10 +7,9 @@ def _all(names: str, reason: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), reason)
 
 
-_NO_TEXT_TRAINING = "no family here trains its text encoders"
 _NOT_YET = "not offered yet"
 _HUB = "uploads to and resuming from the hub are not offered; upload the finished file yourself"
-_DDPM = "it has no meaning for flow-matching models, and the families here are such"
+_DDPM = "it has no meaning for flow-matching models; Stable Diffusion 1, 2 and XL read it"
 _ATTENTION = "use --attn_mode; torch's scaled_dot_product_attention is the default"
 _CONSOLE = "messages go to the terminal; every run writes a JSONL log"
 _POSITION = "--resume restores the exact position from the state"
@@ -21,7 +20,6 @@ NOT_OFFERED: dict[str, str] = {
     **_all("use_lion_optimizer", "old spelling of --optimizer_type Lion; use that"),
     **_all("v2 v_parameterization clip_skip max_token_length weighted_captions no_half_vae", _SD_ONLY),
     **_all("tokenizer_cache_dir", "give the tokenizer's folder with --tokenizer"),
-    **_all("text_encoder_lr network_train_text_encoder_only", _NO_TEXT_TRAINING),
     **_all("dataset_class", "the dataset cannot be replaced by a class; describe it in --dataset_config"),
     **_all("conditioning_data_dir", "set conditioning_data_dir in a subset of --dataset_config"),
     **_all("cache_info", "what was read of a file is always remembered and checked against the file"),

@@ -18,6 +18,7 @@ from library.data.dataset import Dataset, prepare
 from library.errors import ConfigError
 from library.memory import swap_plan
 from library.options import check_read
+from library.trained import Trained, trained_parts
 
 if TYPE_CHECKING:
     from library.families.family import Family
@@ -39,6 +40,7 @@ class Plan:
     parts: dict[str, str] = field(default_factory=dict)  # part name -> one line about its file
     warnings: list[str] = field(default_factory=list)
     text: str = ""  # the printed plan
+    trained: Trained = field(default_factory=Trained)
 
     @property
     def epochs(self) -> int:
@@ -55,6 +57,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     family, parts = check_parts(options.family, options)
     swap_plan.check(family, options)
     check_attention(options)
+    trained = trained_parts(options, family)
     _check_network(options)
     _check_prompts(options, family)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))
@@ -63,7 +66,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     steps_per_epoch = -(-len(dataset.batches(0)) // group)
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
     plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
-    plan.base_weights = _base_weights(options)
+    plan.base_weights, plan.trained = _base_weights(options), trained
     plan.origin = origin(options, family, dataset)
     if options.resume:
         _resume(options, plan)
@@ -139,9 +142,11 @@ def _base_weights(options: Options) -> list[tuple[str, float]]:
 
 def _check_prompts(options: Options, family: Family) -> None:
     if options.sample_prompts:
-        from library.prompts import check_controls, parse_prompts
+        from library.prompts import check_controls, check_samplers, parse_prompts
 
-        check_controls(parse_prompts(Path(options.sample_prompts)), family)
+        prompts = parse_prompts(Path(options.sample_prompts))
+        check_controls(prompts, family)
+        check_samplers(prompts, family)
 
 
 def estimate_bytes(options: Options) -> int:
@@ -181,7 +186,9 @@ def _resume(options: Options, plan: Plan) -> None:
 def table(options: Options, plan: Plan) -> str:
     """The plan as text: what is trained, on what, for how long, written where."""
     what = f"LoRA ({options.network_module}, rank {options.network_dim}, alpha {options.network_alpha})"
-    lines = [f"{plan.family.title}: {what if options.network_module else 'full fine-tune of the denoiser'}"]
+    lines = [f"{plan.family.title}: {what if options.network_module else 'full fine-tune'}"]
+    if sentence := plan.trained.sentence(plan.family, options.cache_text_encoder_outputs):
+        lines.append(f"  {sentence}")
     lines += [f"  {name:<13} {line}" for name, line in plan.parts.items()]
     lines.append(plan.dataset.print_table())
     lines.append(

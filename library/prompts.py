@@ -30,20 +30,20 @@ class Prompt:
     guidance_scale: float | None = None  # embedded guidance, for families that have it
     flow_shift: float | None = None  # None: --discrete_flow_shift
     controls: tuple[str, ...] = ()  # files of control pictures
+    sample_sampler: str | None = None  # None: --sample_sampler, for families with several samplers
 
 
 BLANK = Prompt("")
 
 FLAGS = {
     "w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "g": "guidance_scale",
-    "n": "negative_prompt", "fs": "flow_shift", "ci": "controls",
+    "n": "negative_prompt", "fs": "flow_shift", "ci": "controls", "ss": "sample_sampler",
 }  # fmt: skip
 ELSEWHERE = {
-    "ss": "samplers other than Euler on flow sigmas are not offered",
     "cn": "control images belong to edit models", "ctr": "it belongs to Lumina", "rcfg": "it belongs to Lumina",
 }  # fmt: skip
 WHOLE = {"width", "height", "seed", "sample_steps"}
-TEXTS = {"prompt", "negative_prompt"}
+TEXTS = {"prompt", "negative_prompt", "sample_sampler"}
 
 
 def parse_prompts(path: Path, defaults: Prompt = BLANK) -> list[Prompt]:
@@ -196,6 +196,17 @@ def check_controls(prompts: Sequence[Prompt], family: Any) -> None:
             )
         if count < least:
             raise ConfigError(f"prompt {number} has no control picture, and {family.title} edits pictures; give one")
+
+
+def check_samplers(prompts: Sequence[Prompt], family: Any) -> None:
+    """Raise ConfigError for a sampler that the family has not."""
+    known = family.objective.sampler_names
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.sample_sampler not in (None, *known):
+            raise ConfigError(
+                f"prompt {number}: the sampler '{prompt.sample_sampler}' is not offered for {family.title} "
+                f"(known: {', '.join(known)})"
+            )
 
 
 def seed_of(prompt: Prompt, number: int, run_seed: int) -> int:

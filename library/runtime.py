@@ -15,19 +15,23 @@ import torch
 from torch import Tensor
 
 from library import batches, checkpoints, flow, losses, trackers
+from library.checkpointing import checkpoint_blocks, largest_list
 from library.components.tokenizers import load_tokenizers
 from library.data.dataset import item_seed
 from library.errors import ConfigError
+from library.families.family import Text
 from library.memory.base_networks import add_network
 from library.memory.denoiser import DenoiserMemory
 from library.memory.loading import Loading
 from library.memory.precision import text_recipe
 from library.processes import TIMEOUT, Processes, all_reduce
+from library.trained import text_rates
 
 if TYPE_CHECKING:
     from library.batches import Draws
     from library.families.family import Cond, Family, Part
     from library.options import Options
+    from library.preflight import Plan
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,10 +49,11 @@ def has_bf16() -> bool:
 
 
 class Runtime:
-    def __init__(self, options: Options, family: Family) -> None:
+    def __init__(self, options: Options, plan: Plan) -> None:
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        self.options, self.family, self.seconds, self.now = options, family, {}, "the start"
+        self.options, self.family, self.plan, self.trained = options, plan.family, plan, plan.trained
+        self.seconds, self.now = {}, "the start"
         handlers = [InitProcessGroupKwargs(timeout=timedelta(minutes=options.ddp_timeout or TIMEOUT))]
         self.accelerator = Accelerator(
             log_with=trackers.tracker_names(options) or None,
@@ -72,7 +77,7 @@ class Runtime:
         torch.manual_seed(options.seed)  # the network's first weights are drawn from it
         self.dtype = DTYPES[options.mixed_precision]
         self._vae = self._text = self._image = None
-        self.memory = DenoiserMemory(options, family, self.device)
+        self.memory = DenoiserMemory(options, self.family, self.device)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -121,11 +126,54 @@ class Runtime:
         return self._image
 
     def load_text_encoders(self) -> tuple[list[torch.nn.Module], list[Any]]:
-        """(text encoders, tokenizers) in the family's order, frozen, on the device."""
+        """(text encoders, tokenizers) in the family's order, on the device; frozen, but those that are fine-tuned."""
         if self._text is None:
-            models = [self._load(part, self.encoder_dtype) for part in self.family.text_encoders]
+            parts, trained = self.family.text_encoders, self.trained.text
+            models = [self._load_text_encoder(part, k < len(trained) and trained[k]) for k, part in enumerate(parts)]
+            for model, prefix in zip(models, self.family.text_prefixes, strict=False):
+                model.binding.lora_key = prefix.removeprefix("lora_")
+            if self.family.text_prefixes:
+                self._merge_into(models)
             self._text = (models, self.tokenizers)
         return self._text
+
+    def _load_text_encoder(self, part: Part, is_trained: bool) -> torch.nn.Module:
+        """One that is trained computes as the denoiser does; fine-tuned, it has float32 weights as that has."""
+        if not is_trained:
+            return self._load(part, self.encoder_dtype)
+        model = self._load(part, self.weight_dtype)
+        model.requires_grad_(not self.options.network_module)
+        if self.options.gradient_checkpointing:
+            checkpoint_blocks(model, largest_list(model))
+        return model
+
+    def _merge_into(self, encoders: list[torch.nn.Module]) -> None:
+        """The text encoders' part of --base_weights."""
+        from networks import lora
+
+        for path, multiplier in self.plan.base_weights:
+            if line := lora.merge_text(encoders, path, multiplier):
+                self.say(line)
+
+    @property
+    def trained_encoders(self) -> dict[str, torch.nn.Module]:
+        """By part name; loads the text encoders if one is trained."""
+        models = self.load_text_encoders()[0] if self.trained.any_text else []
+        pairs = zip(self.family.text_encoders, models, self.trained.text, strict=False)
+        return {part.name: model for part, model, on in pairs if on}
+
+    def freeze_unread(self) -> None:
+        """Freeze the weights of fine-tuned text encoders that no output depends on: the layers behind the one read."""
+        models, tokenizers = self.load_text_encoders()
+        weights = [p for model in models for p in model.parameters() if p.requires_grad]
+        cond = self.family.encode(models, tokenizers, Text("a"), self.device)
+        total = sum(value.float().sum() for value in cond.values())
+        for weight, grad in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
+            weight.requires_grad_(grad is not None)
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            print(line, flush=True)
 
     @functools.cached_property
     def tokenizers(self) -> list[Any]:
@@ -140,13 +188,19 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def load_denoiser(self) -> torch.nn.Module:
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of models that are trained: float32 if they are fine-tuned and nothing else is asked for."""
         options = self.options
         full = not options.network_module and not (options.full_bf16 or options.full_fp16)
+        return torch.float32 if full else self.dtype
+
+    def load_denoiser(self) -> torch.nn.Module:
         part = self.family.denoiser
-        dtype = torch.float32 if full else self.dtype
+        dtype = self.weight_dtype
         model = self._load_part(part, dtype, self.memory.loading(dtype))
         model.binding.adapted = self.family.adapted
+        model.binding.adapted_with_convs = self.family.adapted_with_convs
         return model
 
     def add_base(self, network: Any, path: str, weights: Any, denoiser: torch.nn.Module) -> None:
@@ -186,23 +240,37 @@ class Runtime:
         network.prepare_grad_etc([], None)
 
     def parameter_groups(self, network: torch.nn.Module | None, denoiser: torch.nn.Module) -> list[dict[str, Any]]:
-        """Optimizer groups; with a network as sd-scripts' interface gives them, else the whole denoiser."""
+        """Optimizer groups; with a network as sd-scripts' interface gives them, else whole models."""
         options = self.options
         rate = options.unet_lr if options.unet_lr is not None else options.learning_rate
         if network is None:
-            return [{"params": list(denoiser.parameters()), "lr": rate, "name": "denoiser"}]
+            return self._whole_groups(denoiser, rate)
+        text = options.text_encoder_lr
         if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):  # optional in sd-scripts' interface
-            result = network.prepare_optimizer_params_with_multiple_te_lrs(None, rate, options.learning_rate)
+            result = network.prepare_optimizer_params_with_multiple_te_lrs(text, rate, options.learning_rate)
         else:
-            result = network.prepare_optimizer_params(None, rate, options.learning_rate)
+            result = network.prepare_optimizer_params(text[0] if text else None, rate, options.learning_rate)
         groups, names = result if isinstance(result, tuple) else (result, None)
         for group, name in zip(groups, names or [], strict=False):
             group.setdefault("name", name)
         return [group | {"params": list(group["params"])} for group in groups]
 
+    def _whole_groups(self, denoiser: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
+        groups = [(denoiser, rate, "denoiser")] if self.trained.denoiser else []
+        rates, models = text_rates(self.options, len(self.trained.text)), self.trained_encoders
+        for part, own in zip(self.family.text_encoders, rates, strict=False):
+            if part.name in models:
+                groups.append((models[part.name], self.options.learning_rate if own is None else own, part.name))
+        return [
+            {"params": [p for p in model.parameters() if p.requires_grad], "lr": value, "name": name}
+            for model, value, name in groups
+        ]
+
     def named_trained(self, network: torch.nn.Module | None, denoiser: torch.nn.Module) -> dict[str, Tensor]:
-        module = network if network is not None else denoiser
-        return {name: p for name, p in module.named_parameters() if p.requires_grad}
+        modules = {"": network if network is not None else denoiser}
+        if network is None:
+            modules |= {f"{name}.": model for name, model in self.trained_encoders.items()}
+        return {k + name: p for k, m in modules.items() for name, p in m.named_parameters() if p.requires_grad}
 
     def save_dtype(self) -> torch.dtype | None:
         return SAVE_DTYPES[self.options.save_precision] if self.options.save_precision else None

@@ -135,7 +135,7 @@ class Samples:
         prompts: list[Prompt],
         family: Family,
         options: Options,
-        conds: list[tuple[Cond, Cond]],
+        conditions: Callable[[], list[tuple[Cond, Cond]]],
         folder: Path,
         name: str,
         decoder: Callable[[], contextlib.AbstractContextManager[torch.nn.Module]],
@@ -144,7 +144,7 @@ class Samples:
         channels: int,
         resolution: int,
     ) -> None:
-        self.prompts, self.family, self.options, self.conds = prompts, family, options, conds
+        self.prompts, self.family, self.options, self.conditions = prompts, family, options, conditions
         self.folder, self.name, self.device = folder / "sample", name, device
         self.drawing, self.decoder = drawing, decoder  # around the denoiser's calls; around the VAE's, which it gives
         self.channels, self.resolution = channels, resolution
@@ -183,7 +183,8 @@ class Samples:
         pictures, latents = [], []
         try:
             with self.drawing():
-                latents = [self._latents(denoiser, prompt, k) for k, prompt in enumerate(self.prompts)]
+                conds = self.conditions()
+                latents = [self._latents(denoiser, prompt, conds[k], k) for k, prompt in enumerate(self.prompts)]
             with self.decoder() as vae:
                 for number, prompt in enumerate(self.prompts):
                     pictures.append(decode(self.family, vae, latents[number]))
@@ -205,18 +206,19 @@ class Samples:
         first = next(iter(self.latents), label)
         self.latents = {first: self.latents.get(first, latents), label: latents}
 
-    def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, number: int) -> Tensor:
+    def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, pair: tuple[Cond, Cond], number: int) -> Tensor:
         shape = latent_shape(self.family, prompt, self.channels, self.resolution)
         return generate_latents(
             self.family,
             denoiser,
-            *self.conds[number],
+            *pair,
             shape=shape,
             seed=self.seeds[number],
             steps=prompt.sample_steps,
             scale=prompt.scale,
             shift=shift_of(prompt, self.family, shape, self.options.discrete_flow_shift),
             device=self.device,
+            sampler=prompt.sample_sampler or getattr(self.options, "sample_sampler", None),
         )
 
 

@@ -75,13 +75,13 @@ class Encoders:
 
 def load_item(item: Item, rng: random.Random, flip: bool | None = None) -> tuple[ItemInput, Tensor | None]:
     """The pixels, controls and facts of an item, and its mask [H,W]."""
-    loaded, placement = images.load(item, rng, flip), item.placement
+    loaded = images.load(item, rng, flip)
     given = ItemInput(
         pixels=to_tensor(loaded.pixels),
         controls=controls.load(item, loaded.flipped),
         original_size=item.size,
-        crop=(placement.left, placement.top),
-        size=placement.bucket,
+        crop=loaded.crop,
+        size=item.placement.bucket,
         frames=max(1, item.frames),
     )
     return given, None if loaded.mask is None else torch.from_numpy(loaded.mask)
@@ -291,13 +291,16 @@ class LiveText:
 
     cached = False
 
-    def __init__(self, family: Family, load_encoders: Callable[[], tuple[list, list]]) -> None:
-        self.family, self.load_encoders = family, load_encoders
+    def __init__(
+        self, family: Family, load_encoders: Callable[[], tuple[list, list]], is_trained: bool = False
+    ) -> None:
+        self.family, self.load_encoders, self.is_trained = family, load_encoders, is_trained
 
     def get(self, request: Request) -> Cond:
+        """On the encoders' device, with gradients where the encoders are trained."""
         encoders, tokenizers = self.load_encoders()
         device = next(encoders[0].parameters()).device
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
             return self.family.encode(encoders, tokenizers, request.text(self.family), device)
 
 
@@ -327,10 +330,11 @@ def text_source(
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = print,
+    is_trained: bool = False,
 ) -> LiveText | CachedText:
     """What the options ask for. Captions that change at random cannot be cached and are refused by name."""
     if not options.cache_text_encoder_outputs:
-        return LiveText(family, load_encoders)
+        return LiveText(family, load_encoders, is_trained)
     requests = dict.fromkeys(extra)
     for item in (*dataset.items, *dataset.validation):
         if changing := is_changing(item.subset):
@@ -368,6 +372,7 @@ def _text_identities(requests: Iterable[Request], family: Family, options: Any, 
     hashes = ContentHashes(folder)
     files = [path_of(part, options) for part in family.text_encoders]
     files += [path for path, _ in tokenizer_paths(family, options)]
+    files += (options.base_weights or []) if family.text_prefixes else []  # which may change the text encoders
     recipe = f" {family.recipe}" if family.recipe else ""
     recipe += "".join(f" {part.name} {held}" for part in family.text_encoders if (held := text_recipe(options, part)))
     made_by = f"text {RECIPE} {family.name}{recipe} {' '.join(hashes.of_tree(Path(path)) for path in files)}"

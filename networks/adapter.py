@@ -404,7 +404,8 @@ class AdapterNetwork(nn.Module):
     def load_tensors(self, tensors: Mapping[str, Tensor], source: str) -> str:
         from networks import formats
 
-        modules = formats.read(tensors, self.spaces, source)
+        mine = formats.of_models(tensors, self.spaces)
+        modules = formats.read(mine, self.spaces, source)
         strange = sorted(modules.keys() - self.adapters.keys())
         if strange:
             raise ConfigError(
@@ -415,6 +416,8 @@ class AdapterNetwork(nn.Module):
             self.adapters[name].load(content, source)
         absent = len(self.adapters) - len(modules)
         rest = f", {absent} modules of the network are not in it and start from nothing" if absent else ""
+        if left := len(tensors) - len(mine):
+            rest += f", {left} tensors of text encoders left out, which are not trained"
         return f"{source}: {len(modules)}/{len(self.adapters)} modules loaded{rest}"
 
     def canonical(self) -> dict[str, dict[str, Any]]:

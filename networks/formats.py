@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
 from library.layout import Entry, Layout
-from networks.names import Finder, Names, Place, Space, modules_of, places_of, spaces_of
+from networks.names import Finder, Names, Place, Space, is_text, modules_of, places_of, spaces_of
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +140,13 @@ def _refuse(strange: list[str], total: int, names: Names, source: str) -> None:
         f"{source}: {len(strange)} of {total} keys name no module of this model ({spaces[0].layout.name}), "
         f"for instance {strange[0]}{nearest(strange[0], known)}"
     )
+
+
+def of_models(tensors: Mapping[str, Tensor], names: Names) -> Mapping[str, Tensor]:
+    """A LoRA's tensors without those of text encoders, if no text encoder is among these models."""
+    if any(space.key for space in spaces_of(names)):
+        return tensors
+    return {key: value for key, value in tensors.items() if not is_text(key)} or tensors
 
 
 def read(tensors: Mapping[str, Tensor], names: Names, source: str = "the LoRA") -> Modules:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.errors import ConfigError, nearest
+from library.layout import is_below
 from networks.adapter import Adapter, AdapterNetwork, Dropout, Target, Weight, seeded_generator, targets_of
 from networks.names import Space, space_of
 
@@ -241,13 +242,7 @@ def is_adapted(name: str, adapted: Sequence[str]) -> bool:
     """
     if not adapted:
         return re.search(r"\.\d+\.", name) is not None
-    parts = name.split(".")
-    for pattern in adapted:
-        wanted = pattern.rstrip(".").split(".")
-        deeper = len(parts) > len(wanted) or not pattern.endswith(".")
-        if deeper and len(parts) >= len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
-            return True
-    return False
+    return any(name == pattern or is_below(name, pattern.rstrip(".")) for pattern in adapted)
 
 
 def choose(model: nn.Module, space: Space, settings: Settings) -> tuple[dict[str, Target], dict[str, Target]]:
@@ -345,6 +340,7 @@ def create_network_from_weights(
     settings, models = parse_args(kwargs), models_of(unet, text_encoder)
     spaces = [space_of(model) for model in models]
     tensors = formats.load_file(file) if weights_sd is None else weights_sd
+    tensors = formats.of_models(tensors, spaces)
     modules = formats.read(tensors, spaces, str(file or "the given weights"))
     targets = {
         name: target
@@ -357,3 +353,28 @@ def create_network_from_weights(
     contents = modules.items()
     adapters = [LoRA(targets[n], c["down"].shape[0], c["alpha"], settings.dropout) for n, c in contents]
     return _build(adapters, spaces, settings, multiplier), tensors
+
+
+def merge_text(text_encoders: Sequence[nn.Module], file: Any, multiplier: float) -> str:
+    """Add the part of a LoRA file that belongs to text encoders to their weights; returns a line, "" if it has none.
+
+    Raises ConfigError for keys that name no module of these text encoders.
+    """
+    from networks import formats
+    from networks.names import is_text
+
+    tensors = {key: value for key, value in formats.load_file(file).items() if is_text(key)}
+    if not tensors:
+        return ""
+    models = [model for model in text_encoders if getattr(model.binding, "lora_key", "")]
+    if not models:
+        raise ConfigError(f"{file} adapts text encoders, which this model cannot take: it was made for another one")
+    spaces = [space_of(model) for model in models]
+    modules = formats.read(tensors, spaces, str(file))
+    for model, space in zip(models, spaces, strict=True):
+        for name, target in targets_of(model, space).items():
+            if content := modules.get(name):
+                adapter = LoRA(target, content["down"].shape[0], content["alpha"], Dropout())
+                adapter.load(content, str(file))
+                adapter.to(model.device).merge(multiplier)
+    return f"{file}: {len(modules)} modules of text encoders merged at {multiplier:g}"

@@ -84,8 +84,10 @@ def test_a_full_fine_tune_is_refused_with_the_reason(toy, pictures, scheme):  # 
 
 def text_runtime(toy, pictures, *extra):  # noqa: F811
     from library.runtime import Runtime
+    from library.trained import Trained
 
-    return Runtime(parsed(toy, pictures, *extra), FAMILY)
+    plan = SimpleNamespace(family=FAMILY, trained=Trained(), base_weights=[])
+    return Runtime(parsed(toy, pictures, *extra), plan)
 
 
 @pytest.mark.parametrize(("option", "bound"), [("fp8_llm", 0.08), ("nf4_llm", 0.3)])

@@ -15,6 +15,7 @@ import library.families
 from library import options
 from library.errors import ConfigError
 from library.metadata import COPIED, check_thumbnail, legacy_hash, save_metadata, training_metadata, without_paths
+from library.objective import FLOW
 
 TOY = SimpleNamespace(
     name="toy",
@@ -27,6 +28,9 @@ TOY = SimpleNamespace(
     resolution=1024,
     denoiser=SimpleNamespace(option="pretrained_model_name_or_path"),
     vae=SimpleNamespace(option="vae"),
+    parts=(),
+    text_prefixes=(),
+    objective=FLOW,
 )
 RUN = {"total_steps": 40, "epochs": 3, "steps_per_epoch": 16}
 # reference list of sd-scripts' keys, without those of options that only Stable Diffusion has

@@ -16,9 +16,19 @@ import torch
 import library.families
 from library import optim, options
 from library.errors import ConfigError
+from library.objective import FLOW
 
 ROOT = Path(__file__).parents[1]
-TOY = SimpleNamespace(name="toy", title="Toy", defaults={}, options=(), save_formats=("comfy",))
+TOY = SimpleNamespace(
+    name="toy",
+    title="Toy",
+    defaults={},
+    options=(),
+    save_formats=("comfy",),
+    objective=FLOW,
+    text_prefixes=(),
+    parts=(),
+)
 NAMES = {
     "AdamW": "torch",
     "adamw": "torch",

@@ -13,6 +13,7 @@ import pytest
 import library.families
 from library import option_table, options
 from library.errors import ConfigError
+from library.objective import FLOW
 from library.option_checks import RULES, SCHEDULER_OPTIONS, check_read
 from library.option_kinds import Option, parse_pairs
 from library.options_not_offered import NOT_OFFERED
@@ -30,6 +31,8 @@ TOY = SimpleNamespace(
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 6.0, "learning_rate": 1e-4},
     options=(Option("toy_option", "float", 0.5, "of the toy"),),
     save_formats=("kohya", "comfy"),
+    objective=FLOW,
+    text_prefixes=(),
 )
 
 
@@ -231,8 +234,8 @@ def test_an_unreadable_file_is_one_sentence(tmp_path):
         ("--loss_type huber --huber_scale 2", "with --huber_schedule snr"),
         ("--unet_lr 1e-4", "without --network_module"),
         ("--network_dim 8", "without --network_module"),
-        ("--text_encoder_lr 1e-5", "no family here trains its text encoders"),
-        ("--network_train_text_encoder_only", "no family here trains its text encoders"),
+        ("--text_encoder_lr 1e-5", "whose text encoders are not trained"),
+        ("--network_train_text_encoder_only", "whose text encoders are not trained"),
         ("--sample_every_n_steps 10", "without --sample_prompts"),
         ("--lr_warmup_steps 10", "use --lr_scheduler constant_with_warmup"),
         ("--lr_scheduler cosine --lr_scheduler_num_cycles 3", "read by cosine_with_restarts"),

@@ -26,7 +26,7 @@ def test_a_line_is_a_text_and_its_options_negative_numbers_included():
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("a --q 1", "--q"), ("a --w big", "width"), ("a --ss ddim", "Euler"), ("a --s 0", "steps"), ("a --w", "width"),
+        ("a --q 1", "--q"), ("a --w big", "width"), ("a --s 0", "steps"), ("a --w", "width"),
         ("a --d=5", "--d=5"), ("a --fs 0", "above 0"), ("a --fs -2", "above 0"), ("a --l nan", "finite"),
         ("a --d 99999999999999999999999", "2^64"), ("a --h -64", "height"),
     ],
@@ -226,7 +226,7 @@ def sample_run(models, folder, *prompts):
         list(prompts),
         family,
         options,
-        conds,
+        lambda: conds,
         folder,
         "x",
         lambda: contextlib.nullcontext(vae),

@@ -12,11 +12,21 @@ import pytest
 import library.families
 from library import options, trackers
 from library.errors import ConfigError
+from library.objective import FLOW
 
 
 @pytest.fixture
 def parse(monkeypatch):
-    toy = SimpleNamespace(name="toy", title="Toy", defaults={}, options=(), save_formats=("comfy",))
+    toy = SimpleNamespace(
+        name="toy",
+        title="Toy",
+        defaults={},
+        options=(),
+        save_formats=("comfy",),
+        objective=FLOW,
+        text_prefixes=(),
+        parts=(),
+    )
     monkeypatch.setitem(library.families.FAMILIES, "toy", "unused:UNUSED")
     monkeypatch.setattr(library.families, "get_family", lambda name: toy)
     return lambda *words: options.parse("toy", [str(word) for word in words])

@@ -3,7 +3,8 @@
     python tools/make_toy_model.py --family z_image --output_dir toy [--seed 0]
 
 The denoiser's dimensions are ones that ComfyUI's own model detection accepts (tools/toy_configs.json); VAE, text
-encoder and tokenizer are as small as their formats allow. `toy.toml` is a --config_file with every path set for a
+encoder and tokenizer are as small as their formats allow. Families whose models come as whole checkpoints get one
+file with all parts. `toy.toml` is a --config_file with every path set for a
 LoRA, `toy_full.toml` the same for a full fine-tune.
 """
 
@@ -42,8 +43,8 @@ def weights(shapes: dict, seed: int) -> dict:
     return out
 
 
-def part_shapes(part, configuration: dict) -> dict:
-    """Names and shapes that a file of this part has, from a configuration of its model class."""
+def part_shapes(part, configuration: dict, name: str = "") -> dict:
+    """Names and shapes that a file of this part has, from a configuration of its model class, in the first layout."""
     import torch
 
     from library.checkpoints import rows_of
@@ -51,7 +52,7 @@ def part_shapes(part, configuration: dict) -> dict:
 
     with torch.device("meta"):
         ours = shapes_of(part.build(configuration))
-    name = next(iter(part.layouts))
+    name = name or next(iter(part.layouts))
     return Layout(name, rows_of(part, name, ours), ours).their_shapes
 
 
@@ -62,25 +63,35 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
 
     family, toy = get_family(family_name), TOYS[family_name]
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = json.loads(CONFIGS.read_text(encoding="utf-8"))[family_name]["keys"]
-    checkpoints.save(weights(shapes, seed), folder / "denoiser.safetensors", {"format": "pt"})
-    lines = [f'{family.denoiser.option} = "denoiser.safetensors"']
+    lines, whole = [f'{family.denoiser.option} = "denoiser.safetensors"'], {}
 
     def write(part, made, number: int) -> None:
         configuration, metadata = made
-        tensors = weights(part_shapes(part, configuration), seed + number)
+        prefix, layout = family.container.get(part.name, ("", ""))
+        tensors = weights(part_shapes(part, configuration, layout), seed + number)
+        if family.container:
+            whole.update({prefix + key: value for key, value in tensors.items()})
+            return
         checkpoints.save(tensors, folder / f"{part.name}.safetensors", {"format": "pt", **metadata})
         lines.append(f'{part.option} = "{part.name}.safetensors"')
 
+    if toy.denoiser:
+        write(family.denoiser, (toy.denoiser, {}), 0)
+    else:
+        shapes = json.loads(CONFIGS.read_text(encoding="utf-8"))[family_name]["keys"]
+        checkpoints.save(weights(shapes, seed), folder / "denoiser.safetensors", {"format": "pt"})
     write(family.vae, toy.vae, 1)
+    vocabulary = 0
     for number, part in enumerate(family.text_encoders, 2):
-        text, vocabulary = toy.text[part.name], 0
+        text = toy.text[part.name]
         if part.tokenizer:
             vocabulary = make_tokenizer(folder / part.tokenizer.option, text.tokenizer)
             lines.append(f'{part.tokenizer.option} = "{part.tokenizer.option}"')
         write(part, text.config(text.width, vocabulary), number)
     for number, part in enumerate(family.image_encoders, 10):
         write(part, toy.images[part.name], number)
+    if whole:
+        checkpoints.save(whole, folder / "denoiser.safetensors", {"format": "pt"})
     values = {"learning_rate": 1e-3, "max_train_steps": 10, "seed": 1, **toy.options}
     lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     network = ['network_module = "networks.lora"', "network_dim = 4", "network_alpha = 4"]

@@ -28,6 +28,7 @@ class Toy:
     text: Mapping[str, ToyText]  # part name -> its toy
     images: Mapping[str, Made] = field(default_factory=dict)  # image encoders by part name
     options: Mapping[str, Any] = field(default_factory=dict)  # of toy.toml
+    denoiser: dict[str, Any] | None = None  # its configuration, if it is not in toy_configs.json
 
 
 def vae_ldm(channels: int, quant: bool = False) -> Made:
@@ -79,9 +80,56 @@ VAE_HUNYUAN_IMAGE: Made = (
     {},
 )  # fmt: skip
 
+
+def clip(width: int, vocabulary: int) -> Made:
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
+        "num_attention_heads": 1, "max_position_embeddings": 77, "projection_dim": width, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }, {}  # fmt: skip
+
+
+def clip_bare(width: int, vocabulary: int) -> Made:
+    """Without the projection, which the CLIP-L of Stable Diffusion's checkpoints has not."""
+    return clip(width, vocabulary)[0] | {"projection_dim": 0}, {}
+
+
+def unet(levels: tuple[int, ...], depths: tuple[int, ...], cross: int, **more: Any) -> dict[str, Any]:
+    """A UNet of these widths and of so many transformer blocks in the attentions of each level, 0 = none."""
+    types = ["CrossAttn" if depth else "" for depth in depths]
+    return {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": levels, "layers_per_block": 2,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in types],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(types)],
+        "transformer_layers_per_block": [depth or 1 for depth in depths], "cross_attention_dim": cross,
+        "norm_num_groups": 32, **more,
+    }  # fmt: skip
+
+
+def vae_whole(channels: int) -> Made:
+    """With as many groups as need no metadata, since a checkpoint has one header for all of its parts."""
+    return vae_ldm(channels, quant=True)[0] | {"norm_num_groups": 8}, {}
+
+
+SDXL_TOY = unet(
+    (32, 64, 128), (0, 1, 2), 96, attention_head_dim=[1, 1, 2], use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=64 + 6 * 256,
+)  # fmt: skip
+
 TOYS: dict[str, Toy] = {
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
+    ),
+    "sd": Toy(
+        vae_whole(4),
+        {"clip_l": ToyText(clip_bare, 32, "clip")},
+        denoiser=unet((32, 64, 64, 64), (1, 1, 1, 0), 32, attention_head_dim=8),
+    ),
+    "sdxl": Toy(
+        vae_whole(4),
+        {"clip_l": ToyText(clip_bare, 32, "clip"), "clip_g": ToyText(clip, 64)},
+        denoiser=SDXL_TOY,
     ),
     "z_image": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen3, 64)}),
 }
@@ -118,11 +166,13 @@ def make_tokenizer(folder: Path, kind: str) -> int:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    last = kind == "clip"  # whose special tokens end the vocabulary
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(special), show_progress=False,
+        vocab_size=400, special_tokens=[] if last else list(special), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    tokenizer.add_special_tokens(list(special))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
     )

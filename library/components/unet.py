@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from library.families.family import Part
 from library.layout import Row, Shape, row
 
 if TYPE_CHECKING:
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 # (SD 1), sizes and crop embedded in 256 numbers each.
 GROUPS, HEAD_WIDTH, HEADS, SIZE_WIDTH = 32, 64, 8, 256
 GROUPS_KEY, HEAD_KEY, SIZE_KEY = "norm_num_groups", "num_head_channels", "addition_time_embed_dim"
+
+# Checkpointed one by one: residual blocks, and the transformer blocks inside of the attentions.
+BLOCKS = tuple(
+    f"{level}.{rest}"
+    for level in ("down_blocks.*", "mid_block", "up_blocks.*")
+    for rest in ("resnets", "attentions.*.transformer_blocks")
+)
 
 FIXED = [
     row("time_embed.0", "time_embedding.linear_1"),
@@ -200,3 +209,23 @@ def call(denoiser: torch.nn.Module, noisy: Tensor, t: Tensor, conds: Sequence[Ma
     states = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     out = denoiser(noisy.to(dtype), t.float(), states, encoder_attention_mask=mask, added_cond_kwargs=added)
     return out.sample.float()
+
+
+def part(title: str, kinds: tuple[str, ...], kohya: str = "") -> Part:
+    """The UNet part of a family; `kohya` is the layout of the names in sd-scripts' LoRA files, if it is not LDM's."""
+    return Part(
+        name="denoiser",
+        title=title,
+        option="pretrained_model_name_or_path",
+        layouts={"ldm": ldm_rows, "diffusers": identity},
+        recognise=partial(recognise, kinds=kinds),
+        config=config,
+        build=build,
+        prefixes=("model.diffusion_model.", "", "diffusion_model."),
+        diffusers_folder="unet",
+        kohya=kohya,
+    )
+
+
+def identity(ours: Mapping[str, Shape]) -> list[Row]:
+    return [row(key) for key in ours]

@@ -26,6 +26,7 @@ class Picture:
     pixels: np.ndarray  # uint8 [H,W,3] at the bucket's size; [F,H,W,3] for a video model
     mask: np.ndarray | None  # float32 [H,W] in 0..1
     flipped: bool
+    crop: tuple[int, int] = (0, 0)  # left and top of what was cut out of the resized picture, mirrored with it
 
 
 def content(item: Item, hashes: ContentHashes) -> str:
@@ -75,12 +76,14 @@ def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:
     if mask is not None:
         mask = place(mask, placement, "area").astype(np.float32) / 255
     flipped = (subset.flip_aug and rng.random() < 0.5) if flip is None else flip
+    left = placement.left
     if flipped:
+        left = placement.resized[0] - placement.bucket[0] - left
         pixels = np.ascontiguousarray(pixels[:, ::-1])
         mask = None if mask is None else np.ascontiguousarray(mask[:, ::-1])
     if subset.color_aug:
         pixels = change_colours(pixels, rng)
-    return Picture(pixels[None] if item.frames else pixels, mask, flipped)
+    return Picture(pixels[None] if item.frames else pixels, mask, flipped, (left, placement.top))
 
 
 def decode(path, with_alpha: bool = False) -> tuple[np.ndarray, np.ndarray | None]:

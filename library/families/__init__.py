@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, str] = {
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
+    "sd": "library.families.sd:SD",
+    "sdxl": "library.families.sdxl:SDXL",
     "z_image": "library.families.z_image:Z_IMAGE",
 }
 

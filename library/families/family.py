@@ -140,7 +140,13 @@ class Family:
     variant_of: Callable[..., Family] | None = None  # (options) -> the record for these files and options
     recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
     channels_of: Callable[..., int] = lambda denoiser: int(denoiser.config.in_channels)  # latent channels of a file
-    text_prefixes: tuple[str, ...] = ()  # LoRA names of the text encoders that can be trained, in their order
+    text_prefixes: tuple[str, ...] = ()  # LoRA names ("lora_te1") of the text encoders that can be trained, in order
+    adapted_with_convs: tuple[
+        str, ...
+    ] = ()  # what an adapter trains besides `adapted` if it has ranks for convolutions
+    # Part name -> (prefix, layout) in the one file that a full fine-tune saves; {} = it saves the denoiser alone
+    container: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    markers: Callable[..., dict[str, Tensor]] = lambda family: {}  # (resolved record) -> keys that this file must have
     inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
     sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
     # (image tokens) -> the flow shift of a prompt that does not say; None = --discrete_flow_shift

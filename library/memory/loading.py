@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library import quantised
+from library.layout import is_below
 from library.memory.precision import Recipe
 from library.memory.quantised_linear import FP8, Fp8Linear, QuantisedLinear, quantised_like
 
@@ -46,12 +47,12 @@ class Loading:
 
     def _chosen(self, model: nn.Module, layout: Layout) -> list[str]:
         theirs = {ours: entry.theirs for entry in layout.entries for ours in entry.ours}
-        roots = tuple(f"{name}." for name in self.recipe.within) or ("",)
+        within = self.recipe.within
         return [
             name
             for name, module in model.named_modules()
             if type(module) is nn.Linear
-            and name.startswith(roots)
+            and (not within or any(is_below(name, pattern) for pattern in within))
             and not any(word in theirs[f"{name}.weight"] for word in self.recipe.kept)
         ]
 

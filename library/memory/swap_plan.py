@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError
+from library.layout import modules_like
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,12 +57,13 @@ def spread(count: int, picked: int) -> tuple[int, ...]:
 
 
 def counts_of(model: nn.Module, family: Family) -> dict[str, int]:
-    return {name: len(model.get_submodule(name)) for name in family.blocks}
+    return {name: len(model.get_submodule(name)) for name in modules_like(model, family.blocks)}
 
 
 def units_of(model: nn.Module, family: Family) -> dict[str, int]:
     """List -> how many of its blocks make a unit, from their numbers of weights."""
-    sizes = {name: max(map(weights_of, model.get_submodule(name)), default=1) for name in family.blocks}
+    lists = modules_like(model, family.blocks)
+    sizes = {name: max(map(weights_of, model.get_submodule(name)), default=1) for name in lists}
     return {name: max(1, round(max(sizes.values()) / size)) for name, size in sizes.items()}
 
 
