@@ -75,7 +75,7 @@ def test_a_lora_trains_and_every_key_is_one_that_comfyui_takes(lora):
     trainer, output = lora
     family = trainer.family
     assert len(losses(output)) == 3 and all(0 < loss < 100 for loss in losses(output))
-    line = trainer.outputs.key_line
+    line = trainer.outputs.saves.key_line
     matched, total = line.split()[0].split("/")
     assert matched == total and int(total) > 4, line
     for format_name in family.save_formats:
