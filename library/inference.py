@@ -46,7 +46,7 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     parser = Parser(description=f"Make pictures with {family.title} and LoRAs of it.", allow_abbrev=False)
     add, usual = parser.add_argument, defaults_of(family)
     add("--dit", "--pretrained_model_name_or_path", dest=family.denoiser.option, required=True, help="denoiser file")
-    add("--vae", help="VAE file; default: inside of the denoiser's file")
+    add("--vae", "--ae", help="VAE file; default: inside of the denoiser's file")
     for part in family.parts[2:]:
         add(f"--{part.option}", help=f"{part.title}: file or folder; default: inside of the denoiser's file")
         if part.tokenizer:
@@ -60,13 +60,13 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--negative_prompt", default=usual.negative_prompt)
     add("--control_image_path", nargs="*", default=[], help="control pictures of an edit model (--ci in a prompt file)")
     add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), default=[family.resolution] * 2)
-    add("--infer_steps", type=int, default=usual.sample_steps)
-    add("--guidance_scale", type=float, default=usual.scale, help="classifier-free guidance; 1 = off")
+    add("--infer_steps", type=int, help=f"default {usual.sample_steps}, or what the variant in this file needs")
+    add("--guidance_scale", type=float, help=f"classifier-free guidance; 1 = off; default {usual.scale:g}")
     if usual.guidance_scale is not None:
-        text = "guidance that the model itself was trained with"
-        add("--embedded_guidance", type=float, default=usual.guidance_scale, help=text)
-    shift = None if family.sampling_shift else family.defaults.get("discrete_flow_shift", 1.0)
-    add("--flow_shift", type=float, default=shift, help="default: the model's own" if shift is None else None)
+        text = f"guidance that the model itself was trained with; default {usual.guidance_scale:g}"
+        add("--embedded_guidance", type=float, help=text)
+    shift = usual_shift(family)
+    add("--flow_shift", type=float, help=f"default {'by the size of the picture' if shift is None else f'{shift:g}'}")
     for option in family.inference_options:
         kind = {"action": "store_true"} if option.kind == "flag" else {"type": TYPES[option.kind]}
         kind |= {"choices": option.choices} if option.choices else {}
@@ -85,11 +85,29 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     return parser
 
 
-def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
-    """The prompts to draw, none yet for --interactive. Raises ConfigError."""
+def usual_shift(family: Family) -> float | None:
+    """Of a sampler where nobody says; None = `Family.sampling_shift` says, by the size of the picture."""
+    shift = defaults_of(family).flow_shift
+    return shift if shift or family.sampling_shift else family.defaults.get("discrete_flow_shift", 1.0)
+
+
+def settle(arguments: argparse.Namespace, family: Family) -> None:
+    """Fill in what the command line leaves open, as the variant in this file is usually sampled."""
+    usual = defaults_of(family)
+    values = {"infer_steps": usual.sample_steps, "guidance_scale": usual.scale, "flow_shift": usual_shift(family)}
+    for name, value in (values | {"embedded_guidance": usual.guidance_scale}).items():
+        if getattr(arguments, name, None) is None:
+            setattr(arguments, name, value)
+
+
+def check_source(arguments: argparse.Namespace) -> None:
     sources = (arguments.prompt is not None, arguments.from_file is not None, arguments.interactive)
     if sum(sources) != 1:
         raise ConfigError("give one of --prompt, --from_file and --interactive")
+
+
+def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
+    """The prompts to draw, none yet for --interactive. Raises ConfigError."""
     plain = check(plain_prompt(arguments), "command line")
     if arguments.interactive:
         return []
@@ -101,7 +119,7 @@ def plain_prompt(arguments: argparse.Namespace) -> Prompt:
     height, width = arguments.image_size
     return Prompt(
         arguments.prompt or "", arguments.negative_prompt, width, height, None, arguments.infer_steps,
-        arguments.guidance_scale, getattr(arguments, "embedded_guidance", None), arguments.flow_shift,
+        arguments.guidance_scale, arguments.embedded_guidance, arguments.flow_shift,
         read_files("controls", arguments.control_image_path, "command line"),
     )  # fmt: skip
 
@@ -122,16 +140,20 @@ def paths_of(arguments: argparse.Namespace, seeds: list[int]) -> list[Path]:
 
 def main(family_name: str, argv: list[str] | None = None) -> None:
     """Parse and check everything, then load and draw."""
+    from library.checkpoints import check_writable
     from library.families import get_family
 
     family = get_family(family_name)
     arguments = parser_of(family).parse_args(sys.argv[1:] if argv is None else argv)
+    check_source(arguments)
+    family = _check_files(family, arguments)
+    settle(arguments, family)
     prompts = prompts_of(arguments)
+    check_controls(prompts, family)
     first = seed_of(Prompt("", seed=arguments.seed), 0, 0)
     seeds = [seed_of(prompt, number, first) for number, prompt in enumerate(prompts)]
     paths = paths_of(arguments, seeds)
-    family = _check_files(family, arguments, paths)
-    check_controls(prompts, family)
+    check_writable(paths[0].parent if paths else Path(arguments.save_path), bytes_needed=1024**2)
     _say(prompts, family)
     studio = Studio(family, arguments)
     if arguments.interactive:
@@ -182,9 +204,8 @@ def interact(studio: Studio, first: int) -> None:
         number += 1
 
 
-def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path]) -> Family:
+def _check_files(family: Family, arguments: argparse.Namespace) -> Family:
     """All files, from their headers; returns the family for them. Raises ConfigError."""
-    from library.checkpoints import check_writable
     from library.memory import swap_plan
     from library.preflight import check_attention, check_parts
 
@@ -198,8 +219,6 @@ def _check_files(family: Family, arguments: argparse.Namespace, paths: list[Path
     for path in arguments.lora_weight:
         if not Path(path).is_file():
             raise ConfigError(f"--lora_weight {path}: no such file")
-    folder = paths[0].parent if paths else Path(arguments.save_path)
-    check_writable(folder, bytes_needed=1024**2)
     return family
 
 

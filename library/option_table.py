@@ -31,7 +31,7 @@ MODEL = _group(
     "Base model",
     Opt("model_type", "str", None, "family of the model; the scripts named after a family know it"),
     Opt("pretrained_model_name_or_path", "path", None, "denoiser: a file, a diffusers folder or a hub id"),
-    Opt("vae", "path", None, "VAE: a file or a diffusers folder"),
+    Opt("vae", "path", None, "VAE: a file or a diffusers folder", aliases=("ae",)),
 )
 
 DATASET = _group(

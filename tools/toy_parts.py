@@ -63,6 +63,20 @@ def qwen25_vl(width: int, vocabulary: int) -> Made:
     return {"text_config": text, "vision_config": None}, {"head_dim": str(width // heads)}
 
 
+def clip(width: int, vocabulary: int) -> Made:
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
+        "num_attention_heads": 1, "max_position_embeddings": 77, "projection_dim": width, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }, {}  # fmt: skip
+
+
+def clip_bare(width: int, vocabulary: int) -> Made:
+    """Without the projection, which the CLIP-L of Stable Diffusion's checkpoints has not."""
+    return clip(width, vocabulary)[0] | {"projection_dim": 0}, {}
+
+
 def t5(width: int, vocabulary: int) -> Made:
     return {
         "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
@@ -118,6 +132,7 @@ SDXL_TOY = unet(
 )  # fmt: skip
 
 TOYS: dict[str, Toy] = {
+    "flux": Toy(vae_ldm(16), {"clip_l": ToyText(clip_bare, 32, "clip"), "t5xxl": ToyText(t5, 64, "t5")}),
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
     ),

@@ -1,8 +1,8 @@
-"""The name table of Flux's blocks, which Chroma has too: Black Forest Labs' names, also ComfyUI's, and diffusers'."""
+"""The name tables of Flux, whose blocks Chroma has too: Black Forest Labs' names, also ComfyUI's, and diffusers'."""
 
 from __future__ import annotations
 
-from library.layout import block, row
+from library.layout import block, row, swap_halves
 
 DOUBLE = [
     row("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
@@ -30,4 +30,23 @@ ROWS = [
     row("final_layer.linear", "proj_out"),
     *block("double_blocks.{i}", "transformer_blocks.{i}", *DOUBLE),
     *block("single_blocks.{i}", "single_transformer_blocks.{i}", *SINGLE),
+]
+
+TIMES = "time_text_embed"
+FLUX = [
+    *ROWS,
+    row("time_in.in_layer", f"{TIMES}.timestep_embedder.linear_1"),
+    row("time_in.out_layer", f"{TIMES}.timestep_embedder.linear_2"),
+    row("guidance_in.in_layer", f"{TIMES}.guidance_embedder.linear_1"),
+    row("guidance_in.out_layer", f"{TIMES}.guidance_embedder.linear_2"),
+    row("vector_in.in_layer", f"{TIMES}.text_embedder.linear_1"),
+    row("vector_in.out_layer", f"{TIMES}.text_embedder.linear_2"),
+    row("final_layer.adaLN_modulation.1", "norm_out.linear", op=swap_halves),
+    *block(
+        "double_blocks.{i}",
+        "transformer_blocks.{i}",
+        row("img_mod.lin", "norm1.linear"),
+        row("txt_mod.lin", "norm1_context.linear"),
+    ),
+    *block("single_blocks.{i}", "single_transformer_blocks.{i}", row("modulation.lin", "norm.linear")),
 ]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.families.family import Family
 
 FAMILIES: dict[str, str] = {
+    "flux": "library.families.flux:FLUX",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "sd": "library.families.sd:SD",
     "sdxl": "library.families.sdxl:SDXL",

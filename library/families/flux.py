@@ -9,36 +9,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import flux_blocks, ragged, tokens
+from library.components import clip, flux_text, ragged, t5, tokens, vae_ldm
+from library.components.flux_blocks import FLUX as COMFY
+from library.components.flux_blocks import TIMES
 from library.errors import ConfigError
-from library.families.family import Cond, Part
-from library.layout import Shape, block, count, identity, our_view, row, swap_halves
+from library.families.family import Cond, Family, ItemInput, Part
+from library.layout import Shape, count, identity, our_view
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TIMES = "time_text_embed"
-COMFY = [  # Black Forest Labs' own names
-    *flux_blocks.ROWS,
-    row("time_in.in_layer", f"{TIMES}.timestep_embedder.linear_1"),
-    row("time_in.out_layer", f"{TIMES}.timestep_embedder.linear_2"),
-    row("guidance_in.in_layer", f"{TIMES}.guidance_embedder.linear_1"),
-    row("guidance_in.out_layer", f"{TIMES}.guidance_embedder.linear_2"),
-    row("vector_in.in_layer", f"{TIMES}.text_embedder.linear_1"),
-    row("vector_in.out_layer", f"{TIMES}.text_embedder.linear_2"),
-    row("final_layer.adaLN_modulation.1", "norm_out.linear", op=swap_halves),
-    *block(
-        "double_blocks.{i}",
-        "transformer_blocks.{i}",
-        row("img_mod.lin", "norm1.linear"),
-        row("txt_mod.lin", "norm1_context.linear"),
-    ),
-    *block("single_blocks.{i}", "single_transformer_blocks.{i}", row("modulation.lin", "norm.linear")),
-]
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 # All Linear layers of the blocks, as diffusion-pipe (the seed's system) trains them.
 ADAPTED = ("double_blocks.", "single_blocks.")
@@ -180,3 +166,103 @@ def _silent(module: torch.nn.Module | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def encode_image(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+    return vae_ldm.encode(vae, pixels, *vae_ldm.FLUX)
+
+
+def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    return vae_ldm.decode(vae, latents, *vae_ldm.FLUX)
+
+
+def encode_item(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], item: ItemInput) -> Cond:
+    """{"control.k": [C,h,w]}, the reference pictures of Kontext; nothing for text-to-image."""
+    return {f"control.{k}": encode_image(vae, picture[None])[0] for k, picture in enumerate(item.controls)}
+
+
+def sampling_shift(tokens: int) -> float:
+    from library import flow
+
+    return flow.flux_shift(tokens)
+
+
+def variant_of(options: Any) -> Family:
+    """The record with the run's text length, mask, guidance and references; schnell's, if the file has no guidance."""
+    from library.checkpoints import find_part, path_of
+
+    checkpoint, layout = find_part(DENOISER, path_of(DENOISER, options))
+    is_guided = DENOISER.config(checkpoint.shapes, checkpoint.metadata, layout)["guidance_embeds"]
+    bypass, is_training = options.bypass_guidance_embedding, hasattr(options, "given")
+    if bypass and not is_guided:
+        raise ConfigError(f"--bypass_guidance_embedding: {checkpoint.path} embeds no guidance; remove the option")
+    if is_training and options.given("guidance_scale") and (bypass or not is_guided):
+        why = "--bypass_guidance_embedding is set" if bypass else f"{checkpoint.path} embeds no guidance"
+        raise ConfigError(f"--guidance_scale {options.guidance_scale:g} has no effect: {why}; remove it")
+    length = options.t5xxl_max_token_length or (T5_TOKENS if is_guided else T5_TOKENS_SCHNELL)
+    masked = options.apply_t5_attn_mask
+    family = replace(
+        FLUX,
+        tokenize=partial(flux_text.tokenize, length=length),
+        encode=partial(flux_text.encode, length=length, masked=masked),
+        predict=partial(
+            predict,
+            guidance=options.guidance_scale if is_training else 1.0,
+            bypass_guidance_embedding=bypass,
+            references=options.reference_latents_method,
+        ),
+        recipe=f"t5 {length}{' masked' if masked else ''}",
+    )
+    if is_guided:
+        return replace(family, sampling={"sample_steps": FLUX.sampling["sample_steps"]}) if bypass else family
+    return replace(family, title="FLUX.1 schnell", sampling=SCHNELL, architecture="flux-1-schnell")
+
+
+# T5 tokens of the published models, and of schnell (Black Forest Labs' code).
+T5_TOKENS, T5_TOKENS_SCHNELL = 512, 256
+SCHNELL = {"sample_steps": 4, "flow_shift": 1.0}  # Black Forest Labs' code: its sigmas are not shifted
+
+OPTIONS = (
+    Option("bypass_guidance_embedding", "flag", False, "leave the embedded guidance out, as Flex.1-alpha is trained"),
+    Option("apply_t5_attn_mask", "flag", False, "the model sees the caption's own tokens and no padding"),
+    Option("t5xxl_max_token_length", "int", None, "T5 tokens of a caption; 512, and 256 for schnell, if not set", low=1),
+    Option(
+        "reference_latents_method", "str", "offset", "places of several control pictures, as ComfyUI calls them: side "
+        "by side, or one behind the other", choices=("offset", "index"),
+    ),
+)  # fmt: skip
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    denoiser=DENOISER,
+    vae=vae_ldm.part("a Flux-type VAE", channels=16),
+    text_encoders=(clip.large(), t5.xxl()),
+    tokenize=partial(flux_text.tokenize, length=T5_TOKENS),
+    encode=partial(flux_text.encode, length=T5_TOKENS, masked=False),
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    # The advice of musubi-tuner and, at 1024 pixels where shift 3.1582 is the same, of sd-scripts; diffusion-pipe's.
+    defaults={"timestep_sampling": "flux_shift"},
+    options=(
+        Option("guidance_scale", "float", 1.0, "guidance that the model is given in training", low=0),  # the same three
+        *OPTIONS,
+    ),
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="flux-1-dev",
+    base_model_version="flux1",
+    resolution=1024,
+    encode_item=encode_item,
+    max_controls=8,
+    variant_of=variant_of,
+    channels_of=channels_of,
+    inference_options=OPTIONS,
+    sampling={"sample_steps": 28, "guidance_scale": 3.5},  # diffusers' FluxPipeline
+    sampling_shift=sampling_shift,
+)
