@@ -1,4 +1,4 @@
-"""Make pictures with FLUX.1 dev, schnell or Kontext and LoRAs of them. All options: python flux_minimal_inference.py --help"""
+"""Make pictures with FLUX.1 dev, schnell or Kontext and LoRAs. All options: python flux_minimal_inference.py --help"""
 
 from library.errors import run
 from library.inference import main

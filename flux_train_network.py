@@ -1,4 +1,4 @@
-"""Train a LoRA of FLUX.1 dev, schnell or Kontext, or the model itself. All options: python flux_train_network.py --help"""
+"""Train a LoRA of FLUX.1 dev, schnell or Kontext, or the model. All options: python flux_train_network.py --help"""
 
 from library.errors import run
 from train_network import main

@@ -340,10 +340,16 @@ def _numel(shape: Shape) -> int:
 def save_part(
     model: torch.nn.Module, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
-    """Write a whole part under its original names, with the extras, prefix and header metadata that it came with."""
+    """Write a whole part under its original names, with the extras, prefix and header metadata that it came with.
+
+    What came from a diffusers folder is written as one file in the part's first layout, the one that ComfyUI loads.
+    """
     binding: Binding = model.binding
+    layout = binding.layout
+    if binding.source.is_dir():
+        layout = layout_of(binding.part, next(iter(binding.part.layouts)), layout.shapes)
     state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v) for k, v in model.state_dict().items()}
-    theirs = binding.layout.to_theirs(state) | binding.extras
+    theirs = layout.to_theirs(state) | binding.extras
     tensors = {binding.prefix + key: value for key, value in theirs.items()}
     from library import quantised
 

@@ -157,6 +157,7 @@ def part(title: str, channels: int) -> Part:
         prefixes=("", "first_stage_model.", "vae."),
         carried=CARRIED,
         diffusers_folder="vae",
+        stated=(GROUPS_KEY,),
     )
 
 

@@ -225,7 +225,7 @@ SCHNELL = {"sample_steps": 4, "flow_shift": 1.0}  # Black Forest Labs' code: its
 OPTIONS = (
     Option("bypass_guidance_embedding", "flag", False, "leave the embedded guidance out, as Flex.1-alpha is trained"),
     Option("apply_t5_attn_mask", "flag", False, "the model sees the caption's own tokens and no padding"),
-    Option("t5xxl_max_token_length", "int", None, "T5 tokens of a caption; 512, and 256 for schnell, if not set", low=1),
+    Option("t5xxl_max_token_length", "int", None, "T5 tokens of a caption; 512, for schnell 256, if not set", low=1),
     Option(
         "reference_latents_method", "str", "offset", "places of several control pictures, as ComfyUI calls them: side "
         "by side, or one behind the other", choices=("offset", "index"),
