@@ -95,6 +95,24 @@ VAE_HUNYUAN_IMAGE: Made = (
 )  # fmt: skip
 
 
+def t5(width: int, vocabulary: int) -> Made:
+    return {
+        "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+        "num_heads": 4, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
+        "is_encoder_decoder": False, "use_cache": False,
+    }, {}  # fmt: skip
+
+
+VAE_HUNYUAN_IMAGE: Made = (
+    {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (32, 32, 32, 32, 32, 128),
+        "layers_per_block": 1, "spatial_compression_ratio": 32, "sample_size": 384,
+    },
+    {},
+)  # fmt: skip
+
+
 def clip(width: int, vocabulary: int) -> Made:
     return {
         "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
