@@ -63,38 +63,6 @@ def qwen25_vl(width: int, vocabulary: int) -> Made:
     return {"text_config": text, "vision_config": None}, {"head_dim": str(width // heads)}
 
 
-def clip(width: int, vocabulary: int) -> Made:
-    return {
-        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
-        "num_attention_heads": 1, "max_position_embeddings": 77, "projection_dim": width, "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
-        "pad_token_id": vocabulary - 1,
-    }, {}  # fmt: skip
-
-
-def clip_bare(width: int, vocabulary: int) -> Made:
-    """Without the projection, which the CLIP-L of Stable Diffusion's checkpoints has not."""
-    return clip(width, vocabulary)[0] | {"projection_dim": 0}, {}
-
-
-def t5(width: int, vocabulary: int) -> Made:
-    return {
-        "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
-        "num_heads": 4, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0,
-        "is_encoder_decoder": False, "use_cache": False,
-    }, {}  # fmt: skip
-
-
-VAE_HUNYUAN_IMAGE: Made = (
-    {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (32, 32, 32, 32, 32, 128),
-        "layers_per_block": 1, "spatial_compression_ratio": 32, "sample_size": 384,
-    },
-    {},
-)  # fmt: skip
-
-
 def t5(width: int, vocabulary: int) -> Made:
     return {
         "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
