@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,15 +33,18 @@ def folder(tmp_path_factory):
     return folder
 
 
-def studio_of(folder, denoiser="denoiser", **changes):
-    from library.inference import Studio
+def studio_of(folder, denoiser="denoiser", *extra):
+    from library.inference import Studio, parser_of, settle
 
-    values = {"device": "cpu", "dtype": None, "pretrained_model_name_or_path": str(folder / f"{denoiser}.safetensors"),
-              "lora_weight": [], "lora_multiplier": [], **sample.default_settings(FAMILY)}  # fmt: skip
-    values |= {name: str(folder / f"{name}.safetensors") for name in ("vae", "clip_l", "t5xxl")}
-    values |= {name: str(folder / name) for name in ("tokenizer_clip_l", "tokenizer_t5xxl")} | changes
-    arguments = SimpleNamespace(**values)
-    return Studio(FAMILY.resolved(arguments), arguments)
+    words = ["--dit", str(folder / f"{denoiser}.safetensors"), "--save_path", "x.png", "--device", "cpu", *extra]
+    for name in ("vae", "clip_l", "t5xxl"):
+        words += [f"--{name}", str(folder / f"{name}.safetensors")]
+    for name in ("tokenizer_clip_l", "tokenizer_t5xxl"):
+        words += [f"--{name}", str(folder / name)]
+    arguments = parser_of(FAMILY).parse_args(words)
+    family = FAMILY.resolved(arguments)
+    settle(arguments, family)
+    return Studio(family, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_what_does_not_fit_is_named(studio):
 
 
 def test_with_the_mask_the_text_is_what_t5_makes_of_the_captions_own_tokens(folder, studio):
-    masked = studio_of(folder, apply_t5_attn_mask=True, t5xxl_max_token_length=64)
+    masked = studio_of(folder, "denoiser", "--apply_t5_attn_mask", "--t5xxl_max_token_length", "64")
     (_, t5), (_, tokenizer) = studio.encoders
     given = tokenizer("a red cat", padding="max_length", max_length=64, return_tensors="pt")
     with torch.no_grad():
