@@ -144,12 +144,23 @@ class Reader:
 
 
 def _configuration_of(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    return _json_of(folder / "config.json")
+
+
+def _json_of(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
         raise ConfigError(f"{path} is no readable JSON; load it anew") from None
     return content if isinstance(content, dict) else {}
+
+
+def pipeline_class(path: Path | str) -> str:
+    """The class that a diffusers folder's model_index.json names, also of the folder around one of its parts; or ""."""
+    for folder in (Path(path), Path(path).parent):
+        if Path(path).is_dir() and (folder / "model_index.json").is_file():
+            return str(_json_of(folder / "model_index.json").get("_class_name", ""))
+    return ""
 
 
 def _files_of(folder: Path) -> list[Path]:

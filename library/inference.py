@@ -59,7 +59,7 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--interactive", action="store_true", help="read prompts, one a line as in a prompt file, until the end")
     add("--negative_prompt", default=usual.negative_prompt)
     add("--control_image_path", nargs="*", default=[], help="control pictures of an edit model (--ci in a prompt file)")
-    add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), default=[family.resolution] * 2)
+    add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the model's usual size")
     add("--infer_steps", type=int, help=f"default {usual.sample_steps}, or what the variant in this file needs")
     add("--guidance_scale", type=float, help=f"classifier-free guidance; 1 = off; default {usual.scale:g}")
     if usual.guidance_scale is not None:
@@ -116,7 +116,7 @@ def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
 
 def plain_prompt(arguments: argparse.Namespace) -> Prompt:
     """The prompt of the command line, which also is what other prompts get that do not say."""
-    height, width = arguments.image_size
+    height, width = arguments.image_size or (None, None)
     return Prompt(
         arguments.prompt or "", arguments.negative_prompt, width, height, None, arguments.infer_steps,
         arguments.guidance_scale, arguments.embedded_guidance, arguments.flow_shift,

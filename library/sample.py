@@ -15,6 +15,7 @@ from torch import Tensor
 
 from library.data import buckets, images
 from library.data.images import to_tensor
+from library.data.scan import picture_size
 from library.families.family import ItemInput
 from library.guidance import guided
 from library.pictures import grid, save_png
@@ -79,9 +80,21 @@ def decode(family: Family, vae: torch.nn.Module, latents: Tensor) -> np.ndarray:
     return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def size_of(prompt: Prompt, family: Family, resolution: int) -> tuple[int, int]:
+    """(width, height) of a prompt's picture, rounded down to the family's multiple.
+
+    An edit that says neither has the proportions of its last control, as in the edit models' pipelines.
+    """
+    if prompt.controls and not prompt.width and not prompt.height:
+        shown = picture_size(prompt.controls[-1])
+        return buckets.of_area(shown, (resolution, resolution), family.pixel_multiple).bucket
+    width, height = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.width, prompt.height))
+    return width, height
+
+
 def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int) -> tuple[int, int, int]:
-    """[C,h,w] for a prompt; sides are rounded down to the family's multiple."""
-    height, width = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.height, prompt.width))
+    """[C,h,w] for a prompt."""
+    width, height = size_of(prompt, family, resolution)
     return channels, height // family.latent_downscale, width // family.latent_downscale
 
 
@@ -90,7 +103,7 @@ def item_of(prompt: Prompt, family: Family, resolution: int) -> ItemInput:
 
     Controls have the family's own size, else their own proportions in the area of that picture.
     """
-    width, height = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.width, prompt.height))
+    width, height = size_of(prompt, family, resolution)
     controls = tuple(_control(path, (width, height), family) for path in prompt.controls)
     return ItemInput(None, controls, original_size=(width, height), size=(width, height))
 

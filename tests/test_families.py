@@ -158,6 +158,8 @@ def test_the_inference_script_draws_with_a_lora_and_its_strength(name, toy_of, l
     family, values = get_family(name), tomllib.loads(toml.read_text())
     known = {part.option for part in family.parts} | {p.tokenizer.option for p in family.text_encoders if p.tokenizer}
     words = [w for key, value in values.items() if key in known for w in (f"--{key}", str(toml.parent / value))]
+    own = {option.name for option in family.inference_options}
+    words += [w for key, value in values.items() if key in own for w in (f"--{key}", str(value))]
     words += ["--prompt", "a red cat", "--image_size", str(SIDE), str(SIDE), "--infer_steps", "1", "--seed", "1"]
     pictures = {}
     for strength in ("0", "30"):

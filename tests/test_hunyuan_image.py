@@ -175,6 +175,7 @@ def test_a_lora_overfits_one_picture_and_switched_off_the_loss_is_the_bases(toy,
     from PIL import Image
 
     from library import options
+    from library.stops import Stops
     from train_network import NetworkTrainer
 
     for k in range(2):  # the same picture is trained and held out
@@ -193,6 +194,7 @@ def test_a_lora_overfits_one_picture_and_switched_off_the_loss_is_the_bases(toy,
              "--lr_scheduler", "cosine", "--network_args",
              "include_patterns=img_in.proj,final_layer.linear,final_layer.adaLN_modulation.1"]  # fmt: skip
     trainer = NetworkTrainer(options.parse("hunyuan_image", words, "test"))
+    trainer.stops = Stops(tmp_path / "out")
     trainer.setup()
     before = trainer.outputs.validation.run()["average"]
     trainer.train()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools import toy_vaes
+
 Made = tuple[dict[str, Any], dict[str, str]]  # configuration, header metadata
 
 
@@ -61,6 +63,21 @@ def qwen25_vl(width: int, vocabulary: int) -> Made:
         },
     }  # fmt: skip
     return {"text_config": text, "vision_config": None}, {"head_dim": str(width // heads)}
+
+
+VISION = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+def qwen25_vl_seeing(width: int, vocabulary: int) -> Made:
+    """With a picture tower, for a tokenizer of the kind "vision"."""
+    configuration, metadata = qwen25_vl(width, vocabulary)
+    tower = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_channels": 3, "patch_size": 14,
+        "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
+        "out_hidden_size": width,
+    }  # fmt: skip
+    stated = {"vision_num_heads": "2", "fullatt_block_indexes": "[1]", "image_token_id": str(VISION.index(VISION[-1]))}
+    return configuration | {"vision_config": tower}, metadata | stated
 
 
 def t5(width: int, vocabulary: int) -> Made:
@@ -122,6 +139,11 @@ TOYS: dict[str, Toy] = {
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
     ),
+    "qwen_image": Toy(
+        toy_vaes.wan21(),
+        {"text_encoder": ToyText(qwen25_vl_seeing, 64, "vision")},
+        options={"model_version": "original"},
+    ),
     "sd": Toy(
         vae_whole(4),
         {"clip_l": ToyText(clip_bare, 32, "clip")},
@@ -143,6 +165,7 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], str, dict[str, str]]] = {
     "chat": (
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "$A", {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     ),
+    "vision": (VISION, "$A", {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}),
     "clip": (
         ("<|startoftext|>", "<|endoftext|>"), "<|startoftext|> $A <|endoftext|>",
         {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},

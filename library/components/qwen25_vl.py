@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from library.components import decoder
@@ -53,6 +54,11 @@ def recognise(shapes: Mapping[str, Shape]) -> str | None:
     if "self_attn.q_proj.bias" not in first or "self_attn.q_norm.weight" in first:
         return None
     return "renamed" if "language_model.embed_tokens.weight" in shapes else layout
+
+
+def recognise_seeing(shapes: Mapping[str, Shape]) -> str | None:
+    """One that holds its picture tower."""
+    return recognise(shapes) if TOWER in shapes else None
 
 
 def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def build(configuration: dict[str, Any]) -> torch.nn.Module:
 def part(
     title: str = "a Qwen2.5-VL text encoder", hub: str = "Qwen/Qwen2.5-VL-7B-Instruct", option: str = "text_encoder"
 ) -> Part:
-    """Qwen-Image and its edit models, HunyuanImage 2.1, HunyuanVideo 1.5 (7B); OmniGen2 (3B)."""
+    """Qwen-Image, HunyuanImage 2.1, HunyuanVideo 1.5 (7B); OmniGen2 (3B)."""
     return Part(
         name="text_encoder",
         title=title,
@@ -121,6 +127,11 @@ def part(
         precision_options="vl",
         high_precision=("visual.",),  # a tenth of the weights, and every control picture goes through them
     )
+
+
+def seeing(title: str = "a Qwen2.5-VL text encoder with its picture tower (visual.*)") -> Part:
+    """Of the edit models of Qwen-Image."""
+    return replace(part(title), recognise=recognise_seeing)
 
 
 def states(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "flux": "library.families.flux:FLUX",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
+    "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
     "sdxl": "library.families.sdxl:SDXL",
     "z_image": "library.families.z_image:Z_IMAGE",
