@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library import torch_files
 from library.errors import ConfigError, DiskError
 from library.headers import BITS, Header, TensorInfo, read_header
 from library.layout import Layout, Row, Shape, shapes_of
@@ -81,7 +82,7 @@ class Checkpoint:
             raise ConfigError(f"{path}: no such file or folder")
         if path.name.endswith(".index.json"):
             return cls(path, tuple(read_header(p) for p in _shards(path)))
-        return cls(path, (read_header(path),))
+        return cls(path, (torch_files.header_of(path) if torch_files.is_torch_file(path) else read_header(path),))
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -119,10 +120,8 @@ class Reader:
     """Tensors of an open checkpoint: views of the memory map, dequantised where they are quantised."""
 
     def __init__(self, checkpoint: Checkpoint, stack: contextlib.ExitStack) -> None:
-        from safetensors import safe_open
-
         self.checkpoint = checkpoint
-        self.open = {h.path: stack.enter_context(safe_open(h.path, framework="pt")) for h in checkpoint.headers}
+        self.open = {h.path: stack.enter_context(torch_files.opened(h.path)) for h in checkpoint.headers}
 
     def raw(self, key: str) -> Tensor | None:
         header = self.checkpoint.files.get(key)
@@ -303,6 +302,12 @@ def configuration(
         raise ConfigError(f"{path} does not fit {part.title}: {error.args[0]} is missing; load it anew") from None
     except (IndexError, ValueError, ZeroDivisionError):
         raise ConfigError(f"{path} does not fit {part.title}: its tensors do not have the shapes of one") from None
+
+
+def configuration_of(part: Part, path: Path | str) -> dict[str, Any]:
+    """The configuration of the model in a file, from its header alone."""
+    checkpoint, layout = find_part(part, path)
+    return configuration(part, path, checkpoint.shapes, facts(part, checkpoint), layout)
 
 
 def _place(tensor: Tensor, device: Any) -> Tensor:

@@ -169,3 +169,11 @@ def shifted_sigmas(steps: int, shift: float, terminal: float = 0.0) -> Tensor:
         data = 1 - sigmas[:-1]
         sigmas[:-1] = 1 - data * (1 - terminal) / data[-1]
     return sigmas.float()
+
+
+def karras_sigmas(steps: int, low: float, high: float, shift: float = 1.0, rho: float = 7.0) -> Tensor:
+    """[steps + 1] float32: `steps` noise levels s of x0 + s noise from `high` to `low`, evenly spaced in s^(1 / rho)
+    (Karras et al. 2022, arXiv:2206.00364, equation 5), as sigma = s / (1 + s); then 0. A `shift` multiplies s."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho * shift
+    return torch.cat([levels / (1 + levels), torch.zeros(1, dtype=torch.float64)]).float()

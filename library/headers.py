@@ -79,7 +79,7 @@ def read_header(path: Path | str) -> Header:
 
 def _guess(first: bytes) -> str:
     if first[:2] == b"PK" or first[:1] == b"\x80":
-        return "it looks like a pickle, which is not loaded because it can run code"
+        return "it looks like a pickle, which is only read from a file named .pt or .pth"
     return "its first bytes are no header length"
 
 

@@ -40,6 +40,9 @@ class Objective:
     # whole batch, (noise [B,C,h,w], tensors, x0, options) -> noise
     draw: Callable[..., dict[str, Tensor]] = lambda generator, shape, options: {}
     shape_noise: Callable[..., Tensor] = lambda noise, drawn, x0, options: noise
+    start: Callable[[Tensor, Tensor], Tensor] = lambda noise, sigma: (
+        noise
+    )  # what a sampler begins with, at its first sigma
     prediction_type: str = "flow"  # modelspec's word for what the denoiser predicts
     zero_terminal_snr: bool = False  # of DDPM: the last timestep holds no data
 
@@ -117,6 +120,18 @@ FLOW = Objective(
 def flow_from(terminal: float) -> Objective:
     """FLOW, sampled so that the last step starts at sigma `terminal`."""
     return replace(FLOW, times=partial(_times, terminal=terminal))
+
+
+def flow_karras(low: float, high: float) -> Objective:
+    """FLOW, sampled at noise levels s = `high` .. `low` of x0 + s noise, spaced as Karras et al. 2022 do; sigma is
+    s / (1 + s), so that the first sigma is below 1."""
+    return replace(FLOW, times=partial(_karras_times, low=low, high=high), start=lambda noise, sigma: sigma * noise)
+
+
+def _karras_times(steps: int, shift: float, tokens: int, low: float, high: float) -> Tensor:
+    from library import flow
+
+    return flow.karras_sigmas(steps, low, high, shift)
 
 
 # ---------------------------------------------------------------- DDPM: Stable Diffusion 1, 2 and XL

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library import provenance, state, trackers
-from library.checkpoints import check_part, check_writable, path_of
+from library.checkpoints import check_part, check_writable, configuration_of, path_of
+from library.components.sizes import width_of
 from library.components.tokenizers import check_tokenizers
 from library.data.dataset import Dataset, prepare
 from library.errors import ConfigError
@@ -67,6 +68,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
     plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
     plan.base_weights, plan.trained = _base_weights(options), trained
+    plan.warnings += family.advice(options)
     plan.origin = origin(options, family, dataset)
     if options.resume:
         _resume(options, plan)
@@ -83,7 +85,24 @@ def check_parts(family: Family, options: Any) -> tuple[Family, dict[str, str]]:
     family = family.resolved(options)  # which parts there are can depend on the denoiser
     lines = {part.name: check_part(part, path_of(part, options), f"--{part.option}") for part in family.parts[1:]}
     check_tokenizers(family, options)
+    _check_widths(family, options)
     return family, {family.denoiser.name: denoiser} | lines
+
+
+def _check_widths(family: Family, options: Any) -> None:
+    """Raise ConfigError for a text encoder of another size than the denoiser was trained with."""
+    if family.text_widths is None:
+        return
+    path = path_of(family.denoiser, options)
+    wanted = family.text_widths(configuration_of(family.denoiser, path))
+    for part, width in zip(family.text_encoders, wanted, strict=False):
+        file = path_of(part, options)
+        given = width_of(configuration_of(part, file))
+        if width is not None and given != width:
+            raise ConfigError(
+                f"--{part.option} {file}: its states are {given} wide and {path} reads {width}; "
+                "take the text encoder that was published with this denoiser"
+            )
 
 
 def _preview(dataset: Dataset, folder: Path, say: Callable[[str], None]) -> None:

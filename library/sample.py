@@ -60,8 +60,8 @@ def generate_latents(
     def fresh() -> Tensor:
         return torch.randn((1, *shape), generator=generator).to(device)
 
-    x = fresh()
     sigmas = way.times(steps, shift, image_tokens(family, shape)).to(device)
+    x = family.objective.start(fresh(), sigmas[0])
     conds = [{k: v.to(device) for k, v in c.items()} for c in ([cond, uncond] if scale != 1 else [cond])]
     guide = family.guide(settings or default_settings(family), cond) if family.guide else guided
     for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):

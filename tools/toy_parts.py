@@ -134,7 +134,14 @@ SDXL_TOY = unet(
     addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=64 + 6 * 256,
 )  # fmt: skip
 
+
+def old_t5(width: int, vocabulary: int) -> Made:
+    configuration, metadata = t5(width, vocabulary)
+    return configuration | {"feed_forward_proj": "relu"}, metadata
+
+
 TOYS: dict[str, Toy] = {
+    "cosmos_predict2": Toy(toy_vaes.wan21(), {"t5xxl": ToyText(old_t5, 64, "t5")}),
     "flux": Toy(vae_ldm(16), {"clip_l": ToyText(clip_bare, 32, "clip"), "t5xxl": ToyText(t5, 64, "t5")}),
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}

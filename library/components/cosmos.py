@@ -37,7 +37,7 @@ ROWS: list[Row] = [
 ]
 CARRIED = (  # counters and tables in NVIDIA's files
     "accum_video_sample_counter", "accum_image_sample_counter", "accum_iteration", "accum_train_in_hours",
-    "pos_embedder.",
+    "pos_embedder.", "._extra_state",
 )  # fmt: skip
 BLOCKS = ("transformer_blocks",)
 # In names of every layout; of Cosmos 1.0 too.

@@ -19,6 +19,12 @@ def stated(metadata: Mapping[str, str], name: str, published: Any) -> Any:
     return json.loads(metadata[name]) if name in metadata else published
 
 
+def width_of(configuration: Mapping[str, Any]) -> int:
+    """Width of the states that a text encoder with this configuration gives."""
+    inner = configuration.get("text_config", configuration)
+    return int(inner["d_model"] if "d_model" in inner else inner["hidden_size"])
+
+
 def count(keys: Iterable[str], prefix: str) -> int:
     """Blocks below `prefix` ("model.layers."): 1 + the highest number that follows it."""
     return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in keys if key.startswith(prefix)), default=-1)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.families.family import Family
 
 FAMILIES: dict[str, str] = {
+    "cosmos_predict2": "library.families.cosmos_predict2:COSMOS_PREDICT2",
     "flux": "library.families.flux:FLUX",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from library.components import cosmos, ragged
-from library.families.family import Cond, Part
+from library.components import cosmos, ragged, t5, vae_wan
+from library.components.tokenizers import ended
+from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, identity
+from library.objective import flow_karras
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 BLOCKS = cosmos.BLOCKS
+SAMPLED = (0.002, 80.0)  # noise levels between which NVIDIA's sampler works
 ADAPTED = ("blocks.",)  # all Linear layers of the blocks, as diffusion-pipe (the seed's system) trains them
 
 
@@ -50,6 +53,19 @@ DENOISER = Part(
 )
 
 
+def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
+    """T5's ids of the caption and its end token, at most 512, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], caption, cosmos.TOKENS)
+
+
+def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
+    """{"text": [T,D]}: T5's last states, unpadded."""
+    import torch
+
+    ids, _ = tokenize(tokenizers, text.caption)
+    return {"text": t5.states(encoders[0], torch.tensor([ids], device=device))[0]}
+
+
 def predict(
     denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond], *, tokens: int = cosmos.TOKENS
 ) -> Tensor:
@@ -58,3 +74,42 @@ def predict(
     text = ragged.pad([cond["text"].to(dtype) for cond in conds], tokens)
     out = denoiser(cosmos.video_of(noisy).to(dtype), sigma.float(), text, return_dict=False)[0]
     return out.float().reshape(noisy.shape)
+
+
+def advice(options: Any) -> tuple[str, ...]:
+    """The seed's system found that this model loses much in fp8 with three bits of mantissa, and the 2B in any fp8."""
+    if (options.fp8_base or options.fp8_scaled) and options.fp8_format == "e4m3":
+        return ("--fp8_format e4m3 is known to harm Cosmos-Predict2; e5m2 is what it bears, and the 2B better none",)
+    return ()
+
+
+COSMOS_PREDICT2 = Family(
+    name="cosmos_predict2",
+    title="Cosmos-Predict2",
+    denoiser=DENOISER,
+    vae=vae_wan.part(),
+    text_encoders=(t5.old(),),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=vae_wan.encode,
+    decode_latents=vae_wan.decode,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    # diffusion-pipe (the seed's system) draws sigma from a logit-normal distribution without a shift, and its advice
+    # for fp8 is e5m2.
+    defaults={"timestep_sampling": "sigmoid", "fp8_format": "e5m2"},
+    save_formats=("comfy", "kohya"),
+    architecture="cosmos-predict2",
+    base_model_version="cosmos_predict2",
+    resolution=1024,
+    objective=flow_karras(*SAMPLED),
+    channels_of=lambda denoiser: denoiser.config.out_channels,
+    # NVIDIA's 35 steps, and its guidance of 7, which it adds to the 1 that classifier-free guidance counts from.
+    sampling={"sample_steps": 35, "scale": 8.0, "flow_shift": 1.0},
+    text_widths=lambda denoiser: (denoiser["text_embed_dim"],),
+    advice=advice,
+)

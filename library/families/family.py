@@ -83,8 +83,8 @@ class Part:
     config: Callable[[Shapes, Mapping[str, str], str], dict[str, Any]]  # from the file's shapes, metadata and layout
     build: Callable[[dict[str, Any]], torch.nn.Module]  # from that configuration, on whatever device is current
     prefixes: tuple[str, ...] = ("",)  # container prefixes under which the part is found, tried in order
-    # Keys that a file may hold and no model reads, or with a dot at the end all keys that begin so; a full save writes
-    # them back.
+    # Keys that a file may hold and no model reads, or with a dot at the end all keys that begin so, with one at the
+    # beginning all that end so; a full save writes them back.
     carried: tuple[str, ...] = ()
     diffusers_folder: str = ""  # sub-folder of a diffusers repository that holds this part
     stated: tuple[str, ...] = ()  # what `config` is told of a folder's config.json, as JSON in its metadata
@@ -98,7 +98,8 @@ class Part:
     def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""
         below = tuple(name for name in self.carried if name.endswith("."))
-        return key in self.carried or 0 in shape or key.startswith(below)
+        ends = tuple(name for name in self.carried if name.startswith("."))
+        return key in self.carried or 0 in shape or key.startswith(below) or key.endswith(ends)
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ class Family:
     sampling_shift: Callable[[int], float] | None = None
     # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance
     guide: Callable[..., Any] | None = None
+    # (the denoiser's configuration) -> how wide the states of each text encoder have to be, None = any
+    text_widths: Callable[[Mapping[str, Any]], tuple[int | None, ...]] | None = None
+    advice: Callable[..., tuple[str, ...]] = lambda options: ()  # what the plan says about options that harm this model
 
     @property
     def parts(self) -> tuple[Part, ...]:

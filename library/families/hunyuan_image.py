@@ -220,4 +220,5 @@ HUNYUAN_IMAGE = Family(
         Option("guidance_rescale_apg", "float", 0.0, "rescale the guidance of APG, 0..1"),
     ),
     guide=guide,
+    text_widths=lambda denoiser: (denoiser["text_embed_dim"], denoiser["text_embed_2_dim"]),
 )

@@ -166,4 +166,5 @@ Z_IMAGE = Family(
     architecture="z-image",
     base_model_version="z_image",
     resolution=1024,
+    text_widths=lambda denoiser: (denoiser["cap_feat_dim"],),
 )
