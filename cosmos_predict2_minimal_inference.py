@@ -1,4 +1,4 @@
-"""Make pictures with Cosmos-Predict2 and LoRAs of it. All options: python cosmos_predict2_minimal_inference.py --help"""
+"""Make pictures with Cosmos-Predict2 and LoRAs of it. Options: python cosmos_predict2_minimal_inference.py --help"""
 
 from library.errors import run
 from library.inference import main

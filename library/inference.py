@@ -82,6 +82,7 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--text_encoder_cpu", action="store_true", help="text encoders compute on the CPU")
     add("--highvram", action="store_true", help="keep denoiser and VAE on the device: each picture is saved once drawn")
     add("--fp8_scaled", action="store_true", help="hold the denoiser's blocks in fp8 with a scale for every 64 values")
+    parser.set_defaults(fp8_format=family.defaults.get("fp8_format", "e4m3"))
     return parser
 
 
