@@ -9,7 +9,7 @@ import tomllib
 import torch
 
 from library.families import get_family
-from library.inference import Studio, parser_of
+from library.inference import Studio, parser_of, settle
 from library.preflight import check_parts
 from library.prompts import defaults_of, parse_line
 
@@ -38,6 +38,7 @@ def studio_of(toml: Path, **changes: str) -> Studio:
     words = [*words_of(toml, **changes), "--save_path", "x.png", "--prompt", "x", "--device", "cpu"]
     arguments = _parser(toml).parse_args(words)
     family, _ = check_parts(get_family(toml.parent.name), arguments)
+    settle(arguments, family)
     return Studio(family, arguments)
 
 

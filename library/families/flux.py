@@ -264,5 +264,6 @@ FLUX = Family(
     channels_of=channels_of,
     inference_options=OPTIONS,
     sampling={"sample_steps": 28, "guidance_scale": 3.5},  # diffusers' FluxPipeline
+    text_widths=lambda denoiser: (None, denoiser["joint_attention_dim"]),
     sampling_shift=sampling_shift,
 )

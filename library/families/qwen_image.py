@@ -232,6 +232,7 @@ QWEN_IMAGE = Family(
     channels_of=channels_of,
     inference_options=(MODEL_VERSION,),
     sampling={"sample_steps": 50, "scale": 4.0, "negative_prompt": " "},  # of the published pipelines and examples
+    text_widths=lambda denoiser: (denoiser["joint_attention_dim"],),
     sampling_shift=sampling_shift,
     guide=guide,
 )
