@@ -84,8 +84,10 @@ class NetworkTrainer:
         from library import prompts, strategies
 
         options, runtime = self.options, self.runtime
-        defaults = prompts.defaults_of(self.family)
-        self.prompts = prompts.parse_prompts(Path(options.sample_prompts), defaults) if options.sample_prompts else []
+        longest = max(item.frames for item in self.dataset.items)
+        self.prompts, notes = prompts.of_run(options.sample_prompts, self.family, longest)
+        for note in notes if runtime.is_main else ():
+            print(f"note: {note}", file=sys.stderr, flush=True)
         encoders = strategies.Encoders(runtime.load_vae, runtime.load_image_encoders)
         self.latents = strategies.latent_source(
             self.dataset, self.family, encoders, options, runtime.rank, runtime.world
@@ -247,6 +249,7 @@ class NetworkTrainer:
         guess, goal = objective.compare(predicted, target, noisy, sigma, options)
         error = losses.elementwise(guess, goal, options.loss_type, self.runtime.huber_c(sigma))
         error = losses.masked(error, batch.mask) if batch.mask is not None else error
+        error = losses.selected(error, [cond.get("loss_mask") for cond in conds])
         weight = objective.weight(sigma, options) * batch.weights.to(x0.device)
         loss = error.mean(dim=tuple(range(1, error.ndim))) * weight
         self.outputs.maybe_dump(batch, x0, draws.noise, sigma, noisy, predicted, target, loss, conds)
@@ -263,7 +266,11 @@ class NetworkTrainer:
             for caption, item in zip(batch.captions, batch.items, strict=True)
         ]
         conds = [runtime.to_device(self.text.get(one)) | extra for one, extra in zip(asked, extras, strict=True)]
-        draws = runtime.draws_to_device(runtime.draw(batch.keys, tuple(x0.shape[1:])))
+        draws = runtime.draw(batch.keys, tuple(x0.shape[1:]))
+        if self.family.vary is not None:
+            chosen = zip(conds, x0, draws.choice.tolist(), strict=True)
+            conds = [self.family.vary(cond, latents, choice, options) for cond, latents, choice in chosen]
+        draws = runtime.draws_to_device(draws)
         draws.noise = self.family.objective.shape_noise(draws.noise, draws.shapes, x0, options)
         return x0, conds, draws
 

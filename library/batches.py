@@ -36,6 +36,7 @@ class Draws:
     uniform: Tensor  # [B]
     perturbation: Tensor | None  # [B,C,h,w] for --ip_noise_gamma
     gamma_scale: Tensor  # [B] uniform, for --ip_noise_gamma_random_strength
+    choice: Tensor  # [B] uniform, for what a family decides anew in each step
     shapes: dict[str, Tensor] = field(default_factory=dict)  # what the objective shapes the noise with, [B,...]
 
 
@@ -66,7 +67,7 @@ def draw(
     more: Callable[[torch.Generator, tuple[int, ...]], dict[str, Tensor]] = lambda generator, shape: {},
 ) -> Draws:
     """The random numbers of the items `keys` for latents of `shape` [C,h,w]; `more` draws the objective's."""
-    noise, uniform, extra, gamma, shapes = [], [], [], [], []
+    noise, uniform, extra, gamma, shapes, choice = [], [], [], [], [], []
     for step, item, repeat in keys:
         generator = torch.Generator().manual_seed(item_seed(seed + NOISE, step, item, repeat))
         uniform.append(torch.rand((), generator=generator))
@@ -75,9 +76,11 @@ def draw(
         if perturb:
             extra.append(torch.randn(shape, generator=generator))
         shapes.append(more(generator, shape))
+        choice.append(torch.rand((), generator=generator))
     stack = torch.stack
     stacked = {name: stack([one[name] for one in shapes]) for name in shapes[0]}
-    return Draws(stack(noise), stack(uniform), stack(extra) if perturb else None, stack(gamma), stacked)
+    perturbation = stack(extra) if perturb else None
+    return Draws(stack(noise), stack(uniform), perturbation, stack(gamma), stack(choice), stacked)
 
 
 class Loader:

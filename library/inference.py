@@ -1,4 +1,4 @@
-"""Pictures from the command line, for every family: models as for training, LoRAs with strengths, prompts."""
+"""Pictures and videos from the command line, for every family: models as for training, LoRAs, prompts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from library.option_table import ATTENTIONS
 from library.prompts import (
     Prompt,
     check,
-    check_controls,
+    check_for,
     defaults_of,
     notes,
     parse_line,
     parse_prompts,
     read_files,
     seed_of,
+    timed,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -59,7 +60,13 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--interactive", action="store_true", help="read prompts, one a line as in a prompt file, until the end")
     add("--negative_prompt", default=usual.negative_prompt)
     add("--control_image_path", nargs="*", default=[], help="control pictures of an edit model (--ci in a prompt file)")
-    add("--image_size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the model's usual size")
+    sizes = ["--image_size"]
+    if family.frames:
+        sizes.append("--video_size")
+        add("--video_length", type=int, help=f"frames; default {usual.frame_count or 1}; a .png is one")
+        add("--fps", type=float, help="frames a second of the file; default: the model's own")
+        add("--image_path", help="first frame, for models that take one (--i in a prompt file)")
+    add(*sizes, nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the model's usual size")
     add("--infer_steps", type=int, help=f"default {usual.sample_steps}, or what the variant in this file needs")
     add("--guidance_scale", type=float, help=f"classifier-free guidance; 1 = off; default {usual.scale:g}")
     if usual.guidance_scale is not None:
@@ -72,7 +79,8 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
         kind |= {"choices": option.choices} if option.choices else {}
         add(f"--{option.name}", default=option.default, help=option.help, **kind)
     add("--seed", type=int, default=0, help="of the first picture, then counting up; below 0: a new one")
-    add("--save_path", required=True, help="a .png file for one --prompt, or a folder")
+    files = "a .png or .mp4 file" if family.frames else "a .png file"
+    add("--save_path", required=True, help=f"{files} for one --prompt, or a folder")
     add("--device", default=None, help="cuda, cpu, mps; default: the best there is")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default: bfloat16, float32 on a CPU")
     add(
@@ -96,6 +104,8 @@ def settle(arguments: argparse.Namespace, family: Family) -> None:
     """Fill in what the command line leaves open, as the variant in this file is usually sampled."""
     usual = defaults_of(family)
     values = {"infer_steps": usual.sample_steps, "guidance_scale": usual.scale, "flow_shift": usual_shift(family)}
+    if family.frames:
+        values["video_length"] = 1 if Path(arguments.save_path).suffix.lower() == ".png" else usual.frame_count
     for name, value in (values | {"embedded_guidance": usual.guidance_scale}).items():
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
@@ -118,25 +128,41 @@ def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
 def plain_prompt(arguments: argparse.Namespace) -> Prompt:
     """The prompt of the command line, which also is what other prompts get that do not say."""
     height, width = arguments.image_size or (None, None)
+    image = getattr(arguments, "image_path", None)
     return Prompt(
         arguments.prompt or "", arguments.negative_prompt, width, height, None, arguments.infer_steps,
         arguments.guidance_scale, arguments.embedded_guidance, arguments.flow_shift,
         read_files("controls", arguments.control_image_path, "command line"),
+        frame_count=getattr(arguments, "video_length", None),
+        image_path=image and read_files("image_path", image, "command line"),
     )  # fmt: skip
 
 
-def paths_of(arguments: argparse.Namespace, seeds: list[int]) -> list[Path]:
-    """Where each picture goes. Raises ConfigError for a place that cannot take it."""
+def paths_of(arguments: argparse.Namespace, prompts: list[Prompt], seeds: list[int]) -> list[Path]:
+    """Where each picture or video goes, named .png. Raises ConfigError for a place that cannot take it."""
     target = Path(arguments.save_path)
-    if target.suffix.lower() in (".jpg", ".jpeg", ".webp"):
+    kind = target.suffix.lower()
+    if kind in (".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--save_path {target}: pictures are written as .png")
-    if target.suffix.lower() == ".png":
+    if kind in (".png", ".mp4"):
         if arguments.prompt is None:
             raise ConfigError(f"--save_path {target}: with --from_file and --interactive it is a folder")
-        return [target]
+        wanted = ".mp4" if (prompts[0].frame_count or 1) > 1 else ".png"
+        if kind != wanted:
+            what = f"{prompts[0].frame_count} frames are" if wanted == ".mp4" else "a picture is"
+            raise ConfigError(f"--save_path {target}: {what} written as {wanted}")
+        return [target.with_suffix(".png")]
     if target.is_file():
         raise ConfigError(f"--save_path {target}: it is a file; give a folder, or a name that ends in .png")
     return [target / f"{number:03d}_{seed}.png" for number, seed in enumerate(seeds)]
+
+
+def checked(prompts: list[Prompt], family: Family) -> list[Prompt]:
+    """The prompts with the number of frames that each gets. Prints notes; raises ConfigError."""
+    check_for(prompts, family)
+    for note in notes(prompts, family):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    return timed(prompts, family, 1)
 
 
 def main(family_name: str, argv: list[str] | None = None) -> None:
@@ -149,13 +175,11 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
     check_source(arguments)
     family = _check_files(family, arguments)
     settle(arguments, family)
-    prompts = prompts_of(arguments)
-    check_controls(prompts, family)
+    prompts = checked(prompts_of(arguments), family)
     first = seed_of(Prompt("", seed=arguments.seed), 0, 0)
     seeds = [seed_of(prompt, number, first) for number, prompt in enumerate(prompts)]
-    paths = paths_of(arguments, seeds)
+    paths = paths_of(arguments, prompts, seeds)
     check_writable(paths[0].parent if paths else Path(arguments.save_path), bytes_needed=1024**2)
-    _say(prompts, family)
     studio = Studio(family, arguments)
     if arguments.interactive:
         interact(studio, first)
@@ -164,24 +188,12 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
     studio.drop_encoders()  # never resident together with the denoiser
     if arguments.highvram:
         for path, prompt, pair, seed in zip(paths, prompts, conds, seeds, strict=True):
-            _save(studio.decode(studio.latents(prompt, pair, seed)), path, prompt)
+            studio.save(studio.latents(prompt, pair, seed), path, prompt)
         return
     drawn = [studio.latents(prompt, pair, seed) for prompt, pair, seed in zip(prompts, conds, seeds, strict=True)]
     studio.drop_denoiser()
     for path, prompt, latents in zip(paths, prompts, drawn, strict=True):
-        _save(studio.decode(latents), path, prompt)
-
-
-def _say(prompts: list[Prompt], family: Family) -> None:
-    for note in notes(prompts, family):
-        print(f"note: {note}", file=sys.stderr, flush=True)
-
-
-def _save(picture: np.ndarray, path: Path, prompt: Prompt) -> None:
-    from library.pictures import save_png
-
-    save_png(picture, path, {"prompt": prompt.prompt})
-    print(f"saved {path}", flush=True)
+        studio.save(latents, path, prompt)
 
 
 def interact(studio: Studio, first: int) -> None:
@@ -194,14 +206,13 @@ def interact(studio: Studio, first: int) -> None:
             break
         try:
             prompt = parse_line(line.strip(), f"line {number + 1}", plain_prompt(arguments))
-            check_controls([prompt], studio.family)
+            (prompt,) = checked([prompt], studio.family)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             continue
-        _say([prompt], studio.family)
         seed = seed_of(prompt, number, first)
         path = Path(arguments.save_path) / f"{number:03d}_{seed}.png"
-        _save(studio.decode(studio.latents(prompt, studio.conditions(prompt), seed)), path, prompt)
+        studio.save(studio.latents(prompt, studio.conditions(prompt), seed), path, prompt)
         number += 1
 
 
@@ -307,7 +318,7 @@ class Studio:
         return cond, uncond
 
     def latents(self, prompt: Prompt, pair: tuple[dict, dict], seed: int) -> Tensor:
-        """[1,C,h,w] float32, on the device."""
+        """[1,C,h,w] or [1,C,F,h,w] float32, on the device."""
         from library import sample
 
         family, denoiser = self.family, self.denoiser
@@ -319,10 +330,16 @@ class Studio:
         )  # fmt: skip
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """uint8 [H,W,3]."""
+        """uint8 [H,W,3], or [F,H,W,3] of a video."""
         from library import sample
 
         return sample.decode(self.family, self.vae, latents)
+
+    def save(self, latents: Tensor, path: Path, prompt: Prompt) -> None:
+        from library import videos
+
+        fps = self.family.frames and (self.arguments.fps or self.family.frames.fps)
+        print(f"saved {videos.save(self.decode(latents), path, {'prompt': prompt.prompt}, fps)[0]}", flush=True)
 
 
 def _strengths(arguments: argparse.Namespace) -> list[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,3 +46,14 @@ def masked(error: Tensor, mask: Tensor) -> Tensor:
     if mask.shape[-2:] != error.shape[-2:]:
         mask = F.interpolate(mask, size=error.shape[-2:], mode="area")
     return error * mask.unflatten(1, (1,) * (error.ndim - 3))
+
+
+def selected(error: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+    """Error [B,C,...] times the mask of each item (None = all of it), weighed so that its mean is that of the rest.
+
+    A mask is what `encode_item` or `vary` of a family calls "loss_mask": 0 where the model was given the answer.
+    """
+    if all(mask is None for mask in masks):
+        return error
+    whole = [one if mask is None else one * (mask / mask.mean()) for one, mask in zip(error, masks, strict=True)]
+    return torch.stack(whole)

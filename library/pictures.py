@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CELL, LARGEST, MARGIN, LABEL = 128, 512, 8, 150  # a cell's smallest and largest side, space, row labels; in pixels
+SHOWN, STRIP_SIDE = 8, 480  # frames of a strip, their largest side in pixels
 
 
 def grid(
@@ -39,6 +40,23 @@ def grid(
         for x, cell in enumerate(row):
             sheet.paste(cell, (LABEL + x * (width + MARGIN), top + y * (height + MARGIN)))
     return sheet
+
+
+def strip(frames: np.ndarray, most: int = SHOWN) -> np.ndarray:
+    """A video uint8 [F,H,W,3] as one picture [H,n*W,3]: up to `most` frames side by side, the first and last included.
+
+    Frames are at most STRIP_SIDE pixels high or wide.
+    """
+    import numpy as np
+    from PIL import Image
+
+    count = min(most, len(frames))
+    chosen = [frames[round(k * (len(frames) - 1) / max(1, count - 1))] for k in range(count)]
+    height, width = frames.shape[1:3]
+    scale = min(1.0, STRIP_SIDE / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in chosen]
+    return np.concatenate([np.asarray(frame) for frame in small], axis=1)
 
 
 def _cell(picture: Image.Image) -> Image.Image:

@@ -161,11 +161,9 @@ def _base_weights(options: Options) -> list[tuple[str, float]]:
 
 def _check_prompts(options: Options, family: Family) -> None:
     if options.sample_prompts:
-        from library.prompts import check_controls, check_samplers, parse_prompts
+        from library.prompts import check_for, parse_prompts
 
-        prompts = parse_prompts(Path(options.sample_prompts))
-        check_controls(prompts, family)
-        check_samplers(prompts, family)
+        check_for(parse_prompts(Path(options.sample_prompts)), family)
 
 
 def estimate_bytes(options: Options) -> int:

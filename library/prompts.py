@@ -31,19 +31,25 @@ class Prompt:
     flow_shift: float | None = None  # None: --discrete_flow_shift
     controls: tuple[str, ...] = ()  # files of control pictures
     sample_sampler: str | None = None  # None: --sample_sampler, for families with several samplers
+    frame_count: int | None = None  # of a video; None: as many as usual
+    image_path: str | None = None  # file of a video's first frame
 
 
 BLANK = Prompt("")
 
 FLAGS = {
     "w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "g": "guidance_scale",
-    "n": "negative_prompt", "fs": "flow_shift", "ci": "controls", "ss": "sample_sampler",
+    "n": "negative_prompt", "fs": "flow_shift", "ci": "controls", "ss": "sample_sampler", "f": "frame_count",
+    "i": "image_path",
 }  # fmt: skip
 ELSEWHERE = {
     "cn": "control images belong to edit models", "ctr": "it belongs to Lumina", "rcfg": "it belongs to Lumina",
+    "ei": "no model here is given a last frame", "cv": "no model here is given a control video",
+    "of": "one-frame inference is --f 1",
 }  # fmt: skip
-WHOLE = {"width", "height", "seed", "sample_steps"}
+WHOLE = {"width", "height", "seed", "sample_steps", "frame_count"}
 TEXTS = {"prompt", "negative_prompt", "sample_sampler"}
+FILES = {"controls": "control picture", "image_path": "first frame"}
 
 
 def parse_prompts(path: Path, defaults: Prompt = BLANK) -> list[Prompt]:
@@ -123,7 +129,7 @@ def _entry(entry: Any, where: str, defaults: Prompt) -> Prompt:
             continue
         if name not in names:
             raise ConfigError(f"{where}: '{name}' is not known{nearest(name, names)}")
-        read = read_files if name == "controls" else _text if name in TEXTS else _number
+        read = read_files if name in FILES else _text if name in TEXTS else _number
         values[name] = read(name, value, where)
     if "prompt" not in values:
         raise ConfigError(f"{where}: there is no prompt in it")
@@ -136,15 +142,17 @@ def _text(name: str, value: Any, where: str) -> str:
     return value
 
 
-def read_files(name: str, value: Any, where: str) -> tuple[str, ...]:
-    """Control pictures that exist. Raises ConfigError."""
+def read_files(name: str, value: Any, where: str) -> tuple[str, ...] | str:
+    """Control pictures, or a first frame, that exist. Raises ConfigError."""
     paths = (value,) if isinstance(value, str) else value
     if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
         raise ConfigError(f"{where}: {name} {value!r} is not a file name or a list of such")
+    if name == "image_path" and len(paths) != 1:
+        raise ConfigError(f"{where}: {name} {value!r}: a video has one first frame")
     for path in paths:
         if not Path(path).is_file():
-            raise ConfigError(f"{where}: control picture {path}: no such file")
-    return tuple(paths)
+            raise ConfigError(f"{where}: {FILES[name]} {path}: no such file")
+    return paths[0] if name == "image_path" else tuple(paths)
 
 
 def _number(name: str, value: Any, where: str) -> int | float:
@@ -162,6 +170,8 @@ def check(prompt: Prompt, where: str) -> Prompt:
     for name in ("width", "height"):
         if getattr(prompt, name) is not None and getattr(prompt, name) < 1:
             raise ConfigError(f"{where}: {name} {getattr(prompt, name)} is not a size")
+    if prompt.frame_count is not None and prompt.frame_count < 1:
+        raise ConfigError(f"{where}: {prompt.frame_count} frames; a video has at least one")
     if not 1 <= prompt.sample_steps <= 1000:
         raise ConfigError(f"{where}: {prompt.sample_steps} steps; 1 to 1000 are possible")
     if prompt.flow_shift is not None and prompt.flow_shift <= 0:
@@ -176,6 +186,26 @@ def defaults_of(family: Any) -> Prompt:
     return replace(BLANK, **family.sampling)
 
 
+def training_defaults(family: Any) -> Prompt:
+    """The same in a run, where the data decides size and length."""
+    return replace(defaults_of(family), width=None, height=None, frame_count=None)
+
+
+def timed(prompts: Sequence[Prompt], family: Any, usual: int) -> list[Prompt]:
+    """The prompts with the frames that they get: rounded down to what a video model takes, `usual` if unsaid."""
+    rule = family.frames
+    return [
+        replace(prompt, frame_count=max(rule.fit(prompt.frame_count or usual), rule.least) if rule else None)
+        for prompt in prompts
+    ]
+
+
+def of_run(path: str | None, family: Any, usual_frames: int) -> tuple[list[Prompt], list[str]]:
+    """The prompts of --sample_prompts, if it is given, and notes about them."""
+    found = parse_prompts(Path(path), training_defaults(family)) if path else []
+    return timed(found, family, usual_frames), notes(found, family)
+
+
 def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     """What the text encoders are asked for: the prompt and its negative prompt."""
     from library.strategies import Request
@@ -183,6 +213,13 @@ def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     texts = (prompt.prompt, prompt.negative_prompt)
     cond, uncond = (Request.of(family, text, prompt.controls) for text in texts)
     return cond, uncond
+
+
+def check_for(prompts: Sequence[Prompt], family: Any) -> None:
+    """Raise ConfigError for a prompt that asks for what the family cannot make."""
+    check_controls(prompts, family)
+    check_samplers(prompts, family)
+    check_video(prompts, family)
 
 
 def check_controls(prompts: Sequence[Prompt], family: Any) -> None:
@@ -209,6 +246,24 @@ def check_samplers(prompts: Sequence[Prompt], family: Any) -> None:
             )
 
 
+def check_video(prompts: Sequence[Prompt], family: Any) -> None:
+    """Raise ConfigError for a prompt that asks a model of pictures for a video, or lacks or has a first frame that the
+    model needs or cannot take."""
+    rule, title = family.frames, family.title
+    for number, prompt in enumerate(prompts, 1):
+        if rule is None and (prompt.image_path or (prompt.frame_count or 1) > 1):
+            given = "a first frame (--i)" if prompt.image_path else f"{prompt.frame_count} frames (--f)"
+            raise ConfigError(f"prompt {number} has {given}, and {title} makes pictures; remove it")
+        if rule is None:
+            continue
+        if prompt.image_path and rule.first_frame == "none":
+            raise ConfigError(f"prompt {number} has a first frame (--i), which {title} does not take; remove it")
+        if not prompt.image_path and rule.first_frame == "needed":
+            raise ConfigError(f"prompt {number} has no first frame, and {title} continues a picture; give one with --i")
+        if prompt.frame_count is not None and prompt.frame_count < rule.least:
+            raise ConfigError(f"prompt {number}: {prompt.frame_count} frames; {title} makes at least {rule.least}")
+
+
 def seed_of(prompt: Prompt, number: int, run_seed: int) -> int:
     """The seed of the `number`-th prompt; one drawn now if it asks for a new one."""
     if prompt.seed is None:
@@ -231,6 +286,9 @@ def notes(prompts: list[Prompt], family: Any) -> list[str]:
             said.append(
                 f"prompt {number}: side {sides[0]} becomes {fitted(sides[0], multiple)}, a multiple of {multiple}"
             )
+        frames = prompt.frame_count
+        if family.frames and frames and frames != family.frames.fit(frames):
+            said.append(f"prompt {number}: {frames} frames become {family.frames.fit(frames)}, which {title} makes")
         if prompt.negative_prompt.strip() and prompt.scale == 1:
             said.append(f"prompt {number}: a negative prompt has no effect without guidance (--l, not 1)")
         if prompt.guidance_scale is not None and not has_guidance:

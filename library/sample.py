@@ -1,10 +1,9 @@
-"""Pictures from a model: Euler on flow sigmas with guidance, labelled grids, and the samples of a training run."""
+"""Pictures and videos from a model: Euler on flow sigmas with guidance, labelled grids, samples of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library import videos
+from library.components import frames
 from library.data import buckets, images
 from library.data.images import to_tensor
 from library.data.scan import picture_size
 from library.families.family import ItemInput
 from library.guidance import guided
-from library.pictures import grid, save_png
-from library.prompts import fitted, notes, requests_of, seed_of
+from library.pictures import grid, save_png, strip
+from library.prompts import fitted, requests_of, seed_of
 from library.runtime import image_tokens
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def generate_latents(
     cond: Cond,
     uncond: Cond | None,
     *,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     seed: int,
     steps: int,
     scale: float,
@@ -49,7 +50,8 @@ def generate_latents(
     settings: Mapping[str, Any] | None = None,
     sampler: str | None = None,
 ) -> Tensor:
-    """Latents [1,C,h,w] float32 by a sampler of the family's objective (a flow: Euler on dx/dsigma = velocity).
+    """Latents [1,C,h,w] or [1,C,F,h,w] float32 by a sampler of the family's objective (a flow: Euler on
+    dx/dsigma = velocity).
 
     The noise comes from a CPU generator, so a seed gives the same start on every device. The unconditional prediction
     is made, and the two are joined as the family does it, only for scale != 1. `settings` are the values of the
@@ -70,42 +72,51 @@ def generate_latents(
         if scale != 1:
             predicted = guide(predicted[:1], predicted[1:], scale, step)
         x = way.step(x, predicted, now, then, fresh)
-    return x
+    return frames.put_back(x, conds[0])
 
 
 @torch.no_grad()
 def decode(family: Family, vae: torch.nn.Module, latents: Tensor) -> np.ndarray:
-    """uint8 [H,W,3] of one picture's latents [1,C,h,w]."""
+    """uint8 [H,W,3] of one picture's latents [1,C,h,w] or [1,C,1,h,w]; [F,H,W,3] of a video's."""
     pixels = family.decode_latents(vae, latents)[0].clamp(-1, 1)
-    return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = pixels.squeeze(1) if pixels.ndim == 4 else pixels
+    return ((pixels + 1) * 127.5).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
 
 
 def size_of(prompt: Prompt, family: Family, resolution: int) -> tuple[int, int]:
-    """(width, height) of a prompt's picture, rounded down to the family's multiple.
+    """(width, height) of a prompt, rounded down to the family's multiple.
 
-    An edit that says neither has the proportions of its last control, as in the edit models' pipelines.
+    What says neither has the proportions of its last control, or of its first frame, as in the pipelines of edit and
+    image-to-video models.
     """
-    if prompt.controls and not prompt.width and not prompt.height:
-        shown = picture_size(prompt.controls[-1])
-        return buckets.of_area(shown, (resolution, resolution), family.pixel_multiple).bucket
+    model = prompt.controls[-1] if prompt.controls else prompt.image_path
+    if model and not prompt.width and not prompt.height:
+        return buckets.of_area(picture_size(model), (resolution, resolution), family.pixel_multiple).bucket
     width, height = (fitted(side or resolution, family.pixel_multiple) for side in (prompt.width, prompt.height))
     return width, height
 
 
-def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int) -> tuple[int, int, int]:
-    """[C,h,w] for a prompt."""
+def latent_shape(family: Family, prompt: Prompt, channels: int, resolution: int) -> tuple[int, ...]:
+    """[C,h,w] for a prompt, of a video model [C,F,h,w]."""
     width, height = size_of(prompt, family, resolution)
-    return channels, height // family.latent_downscale, width // family.latent_downscale
+    sides = (height // family.latent_downscale, width // family.latent_downscale)
+    return (channels, family.frames.latents(prompt.frame_count or 1), *sides) if family.frames else (channels, *sides)
 
 
 def item_of(prompt: Prompt, family: Family, resolution: int) -> ItemInput:
-    """The facts of the picture that a prompt asks for: its size, uncropped, and its control pictures.
+    """The facts of what a prompt asks for: its size, uncropped, its control pictures, its first frame and length.
 
-    Controls have the family's own size, else their own proportions in the area of that picture.
+    Controls have the family's own size, else their own proportions in the area of that picture. A first frame covers
+    the video's size and is cut to it.
     """
-    width, height = size_of(prompt, family, resolution)
-    controls = tuple(_control(path, (width, height), family) for path in prompt.controls)
-    return ItemInput(None, controls, original_size=(width, height), size=(width, height))
+    size = size_of(prompt, family, resolution)
+    controls = tuple(_control(path, size, family) for path in prompt.controls)
+    first = None
+    if prompt.image_path:
+        pixels = images.decode(prompt.image_path)[0]
+        placement = buckets.single((pixels.shape[1], pixels.shape[0]), size)
+        first = to_tensor(images.place(pixels, placement, "lanczos"))[:, None]
+    return ItemInput(first, controls, original_size=size, size=size, frames=prompt.frame_count or 1)
 
 
 def _control(path: str, area: tuple[int, int], family: Family) -> Tensor:
@@ -165,8 +176,6 @@ class Samples:
         self.latents: dict[str, list[Tensor]] = {}  # of the first and of the latest column
         self.seeds = [seed_of(prompt, number, options.seed) for number, prompt in enumerate(prompts)]
         self.grid_path = folder / f"{name}-grid.png"
-        for note in notes(prompts, family):
-            print(f"note: {note}", file=sys.stderr, flush=True)
 
     def base(self, denoiser: torch.nn.Module, network: torch.nn.Module | None) -> None:
         """The base model's column: the network switched off, or the model before its first step."""
@@ -200,16 +209,21 @@ class Samples:
                 latents = [self._latents(denoiser, prompt, conds[k], k) for k, prompt in enumerate(self.prompts)]
             with self.decoder() as vae:
                 for number, prompt in enumerate(self.prompts):
-                    pictures.append(decode(self.family, vae, latents[number]))
-                    if tag is not None:
-                        path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
-                        save_png(pictures[-1], path, {"prompt": prompt.prompt})
+                    made = decode(self.family, vae, latents[number])
+                    pictures.append(self._shown(made, prompt, number, tag))
         finally:
             for module, mode in were_training:
                 module.train(mode)
             torch.set_rng_state(torch_state)
             random.setstate(python_state)
-        self._keep(label, pictures, [one.cpu() for one in latents])
+        self._keep(label, pictures, [one[0].cpu() for one in latents])
+
+    def _shown(self, made: np.ndarray, prompt: Prompt, number: int, tag: str | None) -> np.ndarray:
+        """What the grid shows of one sample, which is written if it has a tag."""
+        if tag is None:
+            return strip(made) if made.ndim == 4 else made
+        path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
+        return videos.save(made, path, {"prompt": prompt.prompt}, self.family.frames and self.family.frames.fps)[1]
 
     def _keep(self, label: str, pictures: list[np.ndarray], latents: list[Tensor]) -> None:
         """Add a column; of too many, every second one between the first and the latest goes."""
@@ -236,16 +250,15 @@ class Samples:
 
 
 def style_distance(samples: list[Tensor], training: list[Tensor]) -> float:
-    """Frechet distance between the latent vectors (one a position) of some pictures and of the training pictures.
+    """Frechet distance between the latent vectors (one a position) of some pictures and of the training pictures,
+    each [C,h,w] or [C,F,h,w].
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means and covariances over positions: colours and textures, not
     composition. 0 = the same statistics.
     """
     moments = []
     for pictures in (samples, training):
-        vectors = torch.cat(
-            [p.reshape(-1, *p.shape[-3:]).permute(0, 2, 3, 1).reshape(-1, p.shape[-3]) for p in pictures]
-        ).double()
+        vectors = torch.cat([p.flatten(1).T for p in pictures]).double()
         moments.append((vectors.mean(0), torch.cov(vectors.T)))
     (m1, c1), (m2, c2) = moments
     values, vectors = torch.linalg.eigh(c1)

@@ -211,8 +211,8 @@ def test_the_style_distance_of_gaussians_is_its_closed_form():
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(1, 3, 300, 300, generator=generator) * torch.tensor([1.0, 2.0, 0.5]).view(1, 3, 1, 1)
     b = torch.randn(1, 3, 300, 300, generator=generator) * torch.tensor([2.0, 1.0, 0.5]).view(1, 3, 1, 1) + 1
-    assert sample.style_distance([a], [b]) == pytest.approx(3 + 1 + 1, abs=0.05)
-    assert sample.style_distance([a], [a]) == pytest.approx(0, abs=1e-9)
+    assert sample.style_distance([a[0]], [b[0]]) == pytest.approx(3 + 1 + 1, abs=0.05)
+    assert sample.style_distance([a[0]], [a[0]]) == pytest.approx(0, abs=1e-9)
 
 
 def sample_run(models, folder, *prompts):

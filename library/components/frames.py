@@ -27,3 +27,20 @@ def with_first_frames(noisy: Tensor, sigma: Tensor, conds: Sequence[Mapping[str,
         videos.append(torch.cat([given, video[:, kept:]], 1))
         sigmas.append(torch.cat([level.new_zeros(kept), level.expand(video.shape[1] - kept)]))
     return torch.stack(videos), torch.stack(sigmas)
+
+
+def put_back(video: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """A finished video [B,C,F,h,w] with the given frames in their place, if there are any."""
+    import torch
+
+    if KEY not in cond:
+        return video
+    given = cond[KEY].to(video)[None].expand(len(video), -1, -1, -1, -1)
+    return torch.cat([given, video[:, :, given.shape[2] :]], 2)
+
+
+def loss_mask(frames: int, given: int, like: Tensor) -> Tensor:
+    """[1,F,1,1], 0 at the `given` first frames, which a model has nothing to predict of, and 1 at the others."""
+    import torch
+
+    return torch.cat([like.new_zeros(given), like.new_ones(frames - given)]).view(1, -1, 1, 1)

@@ -11,7 +11,7 @@ import contextlib
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -234,11 +234,12 @@ def _upright(frame: Any, turn: tuple[bool, bool, bool]) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if mirror_y else 1, :: -1 if mirror_x else 1])
 
 
-def write(path: Path, pixels: np.ndarray, fps: float) -> None:
+def write(path: Path, pixels: np.ndarray, fps: float, metadata: Mapping[str, str] | None = None) -> None:
     """uint8 RGB [F,H,W,3] as H.264 in .mp4, of a quality that hides nothing; odd sides keep every pixel."""
     av = library()
     height, width = pixels.shape[1:3]
     with av.open(str(path), "w") as container:
+        container.metadata.update(metadata or {})
         stream = container.add_stream("libx264", rate=Fraction(str(fps)), options={"crf": "10"})
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"  # the latter is what every player knows

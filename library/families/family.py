@@ -37,12 +37,13 @@ class Text:
 class ItemInput:
     """One item for `encode_item`: its pixels (None while sampling), its control pictures and the facts of its crop."""
 
-    pixels: Tensor | None  # [3,H,W], a clip [3,F,H,W], float32 in -1..1
+    # [3,H,W], a clip [3,F,H,W], float32 in -1..1; while sampling only a clip's first frame, if the prompt gives one
+    pixels: Tensor | None
     controls: tuple[Tensor, ...] = ()  # each [3,H,W] float32 in -1..1
     original_size: tuple[int, int] = (0, 0)  # width, height of the file
     crop: tuple[int, int] = (0, 0)  # left, top, in pixels of the resized picture
     size: tuple[int, int] = (0, 0)  # width, height that is trained
-    frames: int = 1
+    frames: int = 1  # of the whole clip
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,15 @@ class FrameRule:
     offset: int
     fps: float  # frames a second
     least: int = 1  # frames of an item; image-to-video models have nothing to learn from a picture alone
+    first_frame: str = "none"  # whether a sample is given its first frame: none, possible, needed
 
     def fit(self, frames: int) -> int:
         """The greatest such number that is at most `frames`; 0 if there is none."""
         return max(0, (frames - self.offset) // self.multiple * self.multiple + self.offset)
+
+    def latents(self, frames: int) -> int:
+        """Latent frames of a clip of that many frames."""
+        return -(-frames // self.multiple)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,8 @@ class Family:
     image_encoders: tuple[Part, ...] = ()
     # (vae, image encoders, ItemInput) -> what else conditions an item, cached beside its latents: "control.0", ...
     encode_item: Callable[..., Cond] | None = None
+    # (Cond, latents [C,F,h,w], number in 0..1 that is drawn for an item in every step, options) -> Cond of this step
+    vary: Callable[..., Cond] | None = None
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
     max_controls: int = 0  # control pictures that one item can have
     least_controls: int = 0  # and must have
