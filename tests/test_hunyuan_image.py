@@ -29,15 +29,12 @@ def toy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studio(toy):
-    from library.inference import Studio
+    from library.inference import Studio, parser_of
 
-    folder = toy.parent
-    options = SimpleNamespace(
-        device="cpu", dtype=None, pretrained_model_name_or_path=str(folder / "denoiser.safetensors"),
-        vae=str(folder / "vae.safetensors"), text_encoder=str(folder / "text_encoder.safetensors"),
-        byt5=str(folder / "byt5.safetensors"), tokenizer=None, tokenizer_byt5=None, lora_weight=[], lora_multiplier=[],
-        **sample.default_settings(FAMILY),
-    )  # fmt: skip
+    words = ["--device", "cpu", "--save_path", "x.png", "--dit", str(toy.with_name("denoiser.safetensors"))]
+    for part in ("vae", "text_encoder", "byt5"):
+        words += [f"--{part}", str(toy.with_name(f"{part}.safetensors"))]
+    options = parser_of(FAMILY).parse_args(words)
     return Studio(FAMILY.resolved(options), options)
 
 
