@@ -259,10 +259,24 @@ def load_part(
     `loading` (library.memory) decides instead how each tensor is held and where: quantised, on the host.
     Raises ConfigError once, naming all that is missing, extra or of the wrong shape.
     """
+    checkpoint, layout_name = find_part(part, path)
+    return load_from(part, checkpoint, layout_name, dtype=dtype, device=device, config=config, loading=loading)
+
+
+def load_from(
+    part: Part,
+    checkpoint: Checkpoint,
+    layout_name: str,
+    *,
+    dtype: torch.dtype | None,
+    device: Any = "cpu",
+    config: dict | None = None,
+    loading: Loading | None = None,
+) -> torch.nn.Module:
+    """`load_part` from a checkpoint whose layout is known."""
     import torch
 
-    checkpoint, layout_name = find_part(part, path)
-    shapes = checkpoint.shapes
+    path, shapes = checkpoint.path, checkpoint.shapes
     config = configuration(part, path, shapes, facts(part, checkpoint), layout_name) if config is None else config
     with torch.device("meta"):
         model = part.build(config)
@@ -282,7 +296,7 @@ def load_part(
         model.load_state_dict(state, strict=True, assign=True)
         kept = part.markers(model) | {key: reader.raw(key) for key in extras}
     part.finish(model, device)
-    model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, Path(path))
+    model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, path)
     return model
 
 

@@ -160,6 +160,8 @@ class Family:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
     # (image tokens) -> the flow shift of a prompt that does not say; None = --discrete_flow_shift
     sampling_shift: Callable[[int], float] | None = None
+    # part name -> its list in library/released: what the memory plan takes where no file is given
+    released: Mapping[str, str] = field(default_factory=dict)
     # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance
     guide: Callable[..., Any] | None = None
     # (the denoiser's configuration) -> how wide the states of each text encoder have to be, None = any

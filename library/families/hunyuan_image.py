@@ -221,4 +221,10 @@ HUNYUAN_IMAGE = Family(
     ),
     guide=guide,
     text_widths=lambda denoiser: (denoiser["text_embed_dim"], denoiser["text_embed_2_dim"]),
+    released={
+        "denoiser": "hunyuan_image",
+        "vae": "vae_hunyuan_image",
+        "text_encoder": "te_qwen25_vl_7b",
+        "byt5": "te_byt5_glyphxl",
+    },
 )

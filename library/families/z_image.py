@@ -167,4 +167,5 @@ Z_IMAGE = Family(
     base_model_version="z_image",
     resolution=1024,
     text_widths=lambda denoiser: (denoiser["cap_feat_dim"],),
+    released={"denoiser": "z_image", "vae": "vae_flux", "text_encoder": "te_qwen3_4b"},
 )
