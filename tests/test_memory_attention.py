@@ -23,6 +23,7 @@ from library.memory.activations import HostActivations
 from library.memory.attention import Attention, kernel, torch_attention
 from library.memory.denoiser import DenoiserMemory
 from library.option_checks import check_read
+from library.trained import Trained
 
 
 def exact(q, k, v, scale=None):
@@ -309,7 +310,8 @@ def test_text_encoders_are_placed_on_the_cpu_when_asked(toy, pictures, monkeypat
     from library.runtime import Runtime
 
     for words, place in (((), "meta"), (("--text_encoder_cpu",), "cpu")):
-        runtime = Runtime(options.parse("z_image", arguments(toy, pictures, toy.parent / "o", *words), "test"), FAMILY)
+        chosen = options.parse("z_image", arguments(toy, pictures, toy.parent / "o", *words), "test")
+        runtime = Runtime(chosen, SimpleNamespace(family=FAMILY, trained=Trained()))
         runtime.device = torch.device("meta")  # stands for a device that is not the CPU
         encoders, _ = runtime.load_text_encoders()
         assert {p.device.type for p in encoders[0].parameters()} == {place}

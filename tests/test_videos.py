@@ -23,7 +23,9 @@ from library.errors import ConfigError, DatasetError
 from library.families.family import FrameRule
 
 RULE = FrameRule(multiple=4, offset=1, fps=16.0)
-VIDEO = SimpleNamespace(title="Video", max_controls=0, text_pictures=None, frames=RULE)
+VIDEO = SimpleNamespace(
+    title="Video", max_controls=0, least_controls=0, control_size=None, text_pictures=None, frames=RULE
+)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -459,7 +461,13 @@ def test_mistakes_in_the_description_are_named(tmp_path, folder, extra):
 
 def test_a_model_of_pictures_refuses_videos(tmp_path, folder):
     with pytest.raises(ConfigError, match=r"long\.mp4 is a video, and this model makes pictures"):
-        prepared(tmp_path, folder, family=SimpleNamespace(title="P", max_controls=0, text_pictures=None, frames=None))
+        prepared(
+            tmp_path,
+            folder,
+            family=SimpleNamespace(
+                title="P", max_controls=0, least_controls=0, control_size=None, text_pictures=None, frames=None
+            ),
+        )
 
 
 def test_a_model_that_needs_motion_refuses_pictures_and_single_frames_by_name(tmp_path, folder):

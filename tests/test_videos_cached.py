@@ -20,6 +20,7 @@ class Clips:
 
     def __init__(self, limit=None):
         self.name, self.title, self.recipe, self.max_controls, self.frames = "clips", "Clips", "", 0, RULE
+        self.least_controls, self.control_size = 0, None
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (), ()
         self.encode_item, self.text_pictures, self.shapes, self.limit = self.item, None, [], limit
 

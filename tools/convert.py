@@ -45,22 +45,42 @@ def convert(source: Path, target: Path, to: str, model_type: str | None = None, 
     if not formats.is_lora(tensors):
         raise ConfigError(f"{source} is not a LoRA: none of its {len(tensors)} keys is an adapter's")
     metadata = formats.header_of(source)[1]
-    names = [model_type] if model_type else list(FAMILIES)
+    names = [model_type] if model_type else families_of(base)
     errors = []
     for name in names:
-        layout = layout_of(get_family(name).denoiser, base)
         try:
+            layout = layout_of(get_family(name).denoiser, base)
             modules = formats.read(tensors, layout, str(source))
             break
         except ConfigError as error:
             errors.append(f"{name}: {error}")
     else:
         hint = "" if base else " (for a model that is not of the released size give --base FILE)"
-        raise ConfigError("; ".join(errors) + hint)
+        nearest = min(errors, key=lambda error: "another size" not in error)  # the names fit, the widths do not
+        others = f" (and to none of the other {len(errors) - 1} families)" if len(errors) > 1 else ""
+        raise ConfigError(f"{nearest}{others}{hint}")
     before = formats.detect_format(tensors)
     dtype = next(value.dtype for key, value in tensors.items() if formats.split_key(key)[1] == "down")
     line = formats.save_file(modules, target, to, layout, dtype, metadata)
     return "\n".join([f"{source} ({before}) -> {target} ({to}): {len(modules)} modules, {line}", *cost(modules, to)])
+
+
+def families_of(base: Path | None) -> list[str]:
+    """The families whose denoiser the base file can be; all without one. Raises ConfigError for a file of none."""
+    from library import checkpoints
+
+    if base is None:
+        return list(FAMILIES)
+    names, first = [], None
+    for name in FAMILIES:
+        try:
+            checkpoints.find_part(get_family(name).denoiser, base)
+            names.append(name)
+        except ConfigError as error:
+            first = first or error
+    if not names:
+        raise first or ConfigError(f"{base} is no denoiser")
+    return names
 
 
 def layout_of(part: Part, base: Path | None) -> Layout:
