@@ -19,6 +19,7 @@ from library import options as option_machinery
 from library.crash import Recorder
 from library.errors import ConfigError, Interrupted, run
 from library.stops import Stops
+from library.trained import set_rates
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +156,7 @@ class NetworkTrainer:
             )
         if network is None:
             raise ConfigError(f"--network_module {options.network_module} gave no network for these options")
+        set_rates(network, self.family, options)
         network.apply_to(self.encoders, self.denoiser, bool(self.encoders), self.plan.trained.denoiser)
         if options.network_weights:
             print(f"network weights: {network.load_weights(options.network_weights)}")

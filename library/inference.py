@@ -50,9 +50,8 @@ def parser_of(family: Family) -> argparse.ArgumentParser:
     add("--vae", "--ae", help="VAE file; default: inside of the denoiser's file")
     for part in family.parts[2:]:
         add(f"--{part.option}", help=f"{part.title}: file or folder; default: inside of the denoiser's file")
-        if part.tokenizer:
-            text = "tokenizer folder or hub id; default: a folder 'tokenizer' beside the text encoder"
-            add(f"--{part.tokenizer.option}", help=text)
+    for where, _ in family.tokenizers:
+        add(f"--{where.option}", help=f"tokenizer folder or hub id; default: {where.beside[0]} beside the text encoder")
     add("--lora_weight", nargs="*", default=[], help="LoRA files, in any format")
     add("--lora_multiplier", nargs="*", type=float, default=[], help="their strengths; 1 if not given")
     add("--prompt", help="text of the picture")

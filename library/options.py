@@ -146,9 +146,9 @@ def options_of(family: Family) -> list[Option]:
     for part in family.parts:
         if part.option not in known:
             out[part.option] = Option(part.option, "path", None, f"{part.title}: a file or a folder", group)
-        if part.tokenizer:
-            name = part.tokenizer.option
-            out[name] = Option(name, "path", None, f"tokenizer ({part.tokenizer.hub}): a folder or a hub id", group)
+    for where, _ in family.tokenizers:
+        text = f"tokenizer ({where.hub}): a folder or a hub id"
+        out[where.option] = Option(where.option, "path", None, text, group)
     return [*(out | {option.name: option for option in family.options}).values()]
 
 

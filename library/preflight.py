@@ -177,7 +177,7 @@ def estimate_bytes(options: Options) -> int:
 
 def origin(options: Options, family: Family, dataset: Dataset) -> state.Origin:
     """What the run is made from, for its training states."""
-    names = {part.option for part in family.parts} | {part.tokenizer.option for part in family.parts if part.tokenizer}
+    names = {part.option for part in family.parts} | {where.option for where, _ in family.tokenizers}
     inputs = provenance.named_inputs((name, getattr(options, name)) for name in sorted(names))
     return state.Origin(options.as_dict(), inputs, provenance.data_mark(dataset), provenance.versions())
 

@@ -25,7 +25,7 @@ from library.memory.denoiser import DenoiserMemory
 from library.memory.loading import Loading
 from library.memory.precision import text_recipe
 from library.processes import TIMEOUT, Processes, all_reduce
-from library.trained import text_rates
+from library.trained import text_rates, whole_rates
 
 if TYPE_CHECKING:
     from library.batches import Draws
@@ -210,6 +210,10 @@ class Runtime:
 
     def prepare_denoiser(self, model: torch.nn.Module, *, trained: bool) -> None:
         model.requires_grad_(trained)
+        if trained:
+            named = dict(model.named_parameters())
+            for name, rate in whole_rates(model, self.family, self.options).items():
+                named[name].requires_grad_(rate != 0)
         model.train()
         self.memory.prepare(model, trained=trained, checkpointed=self.options.gradient_checkpointing)
 
@@ -256,14 +260,29 @@ class Runtime:
         return [group | {"params": list(group["params"])} for group in groups]
 
     def _whole_groups(self, denoiser: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
-        groups = [(denoiser, rate, "denoiser")] if self.trained.denoiser else []
+        groups = []
         rates, models = text_rates(self.options, len(self.trained.text)), self.trained_encoders
         for part, own in zip(self.family.text_encoders, rates, strict=False):
             if part.name in models:
                 groups.append((models[part.name], self.options.learning_rate if own is None else own, part.name))
-        return [
+        own = self._denoiser_groups(denoiser, rate) if self.trained.denoiser else []
+        return own + [
             {"params": [p for p in model.parameters() if p.requires_grad], "lr": value, "name": name}
             for model, value, name in groups
+        ]
+
+    def _denoiser_groups(self, denoiser: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
+        """One for each learning rate; tables of embeddings apart, because decay would wear away rows that no item of
+        the dataset reads."""
+        own, groups = whole_rates(denoiser, self.family, self.options), {}
+        tables = {id(m.weight) for m in denoiser.modules() if isinstance(m, torch.nn.Embedding)}
+        for name, parameter in denoiser.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((own.get(name, rate), id(parameter) in tables), []).append(parameter)
+        return [
+            {"params": params, "lr": value, "name": f"denoiser {value:g}" if own else "denoiser"}
+            | ({"weight_decay": 0.0} if is_table else {})
+            for (value, is_table), params in groups.items()
         ]
 
     def named_trained(self, network: torch.nn.Module | None, denoiser: torch.nn.Module) -> dict[str, Tensor]:

@@ -39,6 +39,38 @@ def text_rates(options: Any, count: int) -> list[float | None]:
     return [given[min(k, len(given) - 1)] if given else None for k in range(count)]
 
 
+def own_rate(name: str, family: Family, options: Any) -> float | None:
+    """The learning rate of an original module of the denoiser, if one of the family's options gives it its own."""
+    return next((getattr(options, option) for option, within in family.own_rates if within in name), None)
+
+
+def set_rates(network: Any, family: Family, options: Any) -> None:
+    """Give the modules of a network their own rates; those with the rate 0 leave it. Raises ConfigError."""
+    given = {option: within for option, within in family.own_rates if getattr(options, option) is not None}
+    if not given:
+        return
+    if not hasattr(network, "drop"):
+        raise ConfigError(f"--{next(iter(given))} is read by networks.lora; {options.network_module} knows none")
+    for option, within in given.items():
+        if getattr(options, option) and not any(within in name for name in network.adapters):
+            raise ConfigError(f"--{option} has no effect: no module of the network has '{within}' in its name")
+    rates = {name: own_rate(name, family, options) for name in network.adapters if not network.model_of[name]}
+    network.drop([name for name, rate in rates.items() if rate == 0])
+    network.learning_rates = {n: rate for n, rate in rates.items() if rate} | dict(network.learning_rates)
+
+
+def whole_rates(denoiser: Any, family: Family, options: Any) -> dict[str, float | None]:
+    """Name of each parameter of ours -> its own learning rate, 0 = not trained; only where it has one."""
+    if all(getattr(options, option) is None for option, _ in family.own_rates):
+        return {}
+    from library.checkpoints import layout_of
+
+    binding = denoiser.binding
+    layout = layout_of(binding.part, next(iter(binding.part.layouts)), binding.layout.shapes)
+    rates = {ours: own_rate(entry.theirs, family, options) for entry in layout.entries for ours in entry.ours}
+    return {name: rate for name, rate in rates.items() if rate is not None}
+
+
 def trained_parts(options: Options, family: Family) -> Trained:
     """Text encoders that can be trained are, unless their outputs are cached or the options say otherwise.
 

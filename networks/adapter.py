@@ -258,13 +258,17 @@ class AdapterNetwork(nn.Module):
             raise ConfigError("text encoders of this model cannot be trained; use --network_train_unet_only")
         if not kept:
             raise ConfigError("the network has no module of what is to be trained")
-        for name in self.adapters.keys() - kept.keys():
-            for module, adapter in list(self._modules.items()):
-                if adapter is self.adapters[name]:
-                    del self._modules[module]
-        self.adapters = kept
-        for adapter in kept.values():
+        self.drop(self.adapters.keys() - kept.keys())
+        for adapter in self.adapters.values():
             adapter.attach()
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Leave out some modules before the network is attached."""
+        dropped = [self.adapters[name] for name in names]
+        for module, adapter in list(self._modules.items()):
+            if adapter in dropped:
+                del self._modules[module]
+        self.adapters = {name: adapter for name, adapter in self.adapters.items() if adapter not in dropped}
 
     def remove(self) -> None:
         """Detach from the model, which computes what it did before."""

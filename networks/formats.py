@@ -233,7 +233,7 @@ def write(modules: Modules, format_name: str, names: Names, dtype: torch.dtype |
     for qualified, content in modules.items():
         space, name, entry = known[qualified]
         for module, down, up in _pieces(form, spelled(form, name, space.layout), entry, content):
-            stem = space.prefixes[form.name] + module.replace(".", form.separator)
+            stem = space.stem(form.name, module, form.separator)
             if form.alpha == "folded":
                 up = up * (content["alpha"] / content["up"].shape[1])
             for word, value in ((form.down, down), (form.up, up)):
@@ -320,7 +320,7 @@ def _format_places(format_name: str, names: Names) -> Mapping[str, Place]:
     for space in spaces_of(names):
         places = places_of(space)
         found |= {
-            space.prefixes[form.name] + name.replace(".", form.separator): places[name]
+            space.stem(form.name, name, form.separator): places[name]
             for name in _spelled(space, form)
             if name in places
         }

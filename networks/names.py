@@ -34,18 +34,27 @@ class Space:
     layout: Layout
     prefixes: Mapping[str, str]  # format -> prefix
     key: str = ""  # "" for the denoiser, "te1" for what kohya's files call lora_te1
+    apart: Sequence[tuple[str, str]] = ()  # modules of ours that diffusers' files have under another prefix: both ends
 
     def qualified(self, name: str) -> str:
         return f"{self.key}:{name}" if self.key else name
+
+    def stem(self, format_name: str, module: str, separator: str = ".") -> str:
+        """A module as files of a format name it, its prefix included."""
+        for ours, theirs in self.apart if format_name == "diffusers" else ():
+            if module.startswith(ours):
+                return theirs + module.removeprefix(ours)
+        return self.prefixes[format_name] + module.replace(".", separator)
 
 
 Names = Layout | Sequence[Space]  # a layout alone means a denoiser's
 
 
-def denoiser_space(layout: Layout, folder: str = "transformer") -> Space:
-    """`folder` is the denoiser's in a diffusers repository, which is its prefix in diffusers' files."""
+def denoiser_space(layout: Layout, folder: str = "transformer", apart: Sequence[tuple[str, str]] = ()) -> Space:
+    """`folder` is the denoiser's in a diffusers repository, which is its prefix in diffusers' files; `apart` says which
+    modules of ours have another."""
     prefixes = {"comfy": "diffusion_model.", "kohya": "lora_unet_", "diffusers": f"{folder or 'transformer'}."}
-    return Space(layout, prefixes)
+    return Space(layout, prefixes, apart=[(f"{ours}.", f"{theirs}.") for ours, theirs in apart])
 
 
 def text_space(layout: Layout, key: str, name: str, folder: str) -> Space:
@@ -77,7 +86,7 @@ def space_of(model: Any) -> Space:
     layout, part, key = adapter_layout(binding), getattr(binding, "part", None), getattr(binding, "lora_key", "")
     if key:
         return text_space(layout, key, part.name, part.diffusers_folder)
-    return denoiser_space(layout, part.diffusers_folder if part else "")
+    return denoiser_space(layout, part.diffusers_folder, part.apart) if part else denoiser_space(layout, "")
 
 
 def is_text(key: str) -> bool:
@@ -114,7 +123,8 @@ def places_of(space: Space) -> dict[str, Place]:
         for i, ours in enumerate(entry.ours):
             module = ours.removesuffix(".weight")
             place = Place(space.qualified(name), entry, layout, i if len(entry.ours) > 1 or entry.op else None)
-            for spelling in (module, module.replace(".", "_")):
+            others = [theirs + module.removeprefix(start) for start, theirs in space.apart if module.startswith(start)]
+            for spelling in (module, module.replace(".", "_"), *others):
                 found.setdefault(spelling, place)
     return found
 

@@ -150,7 +150,7 @@ def test_the_inference_script_draws_with_a_lora_and_its_strength(toy_of, lora, t
     name = trainer.family.name
     toml = toy_of(name)
     family, values = get_family(name), tomllib.loads(toml.read_text())
-    known = {part.option for part in family.parts} | {p.tokenizer.option for p in family.text_encoders if p.tokenizer}
+    known = {part.option for part in family.parts} | {where.option for where, _ in family.tokenizers}
     words = [w for key, value in values.items() if key in known for w in (f"--{key}", str(toml.parent / value))]
     own = {option.name for option in family.inference_options}
     words += [w for key, value in values.items() if key in own for w in (f"--{key}", str(value))]

@@ -21,11 +21,8 @@ from library.options_not_offered import NOT_OFFERED
 ROOT = Path(__file__).parents[1]
 BASE = ["--output_dir", "out", "--pretrained_model_name_or_path", "m.safetensors", "--dataset_config", "d.toml"]
 TOY = SimpleNamespace(
-    parts=(
-        SimpleNamespace(
-            option="text_encoder", title="a toy encoder", tokenizer=SimpleNamespace(option="tokenizer", hub="o/n")
-        ),
-    ),
+    parts=(SimpleNamespace(option="text_encoder", title="a toy encoder"),),
+    tokenizers=((SimpleNamespace(option="tokenizer", hub="o/n"), None),),
     name="toy",
     title="Toy",
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 6.0, "learning_rate": 1e-4},

@@ -88,6 +88,9 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
             vocabulary = make_tokenizer(folder / part.tokenizer.option, text.tokenizer)
             lines.append(f'{part.tokenizer.option} = "{part.tokenizer.option}"')
         write(part, text.config(text.width, vocabulary), number)
+    for where in family.extra_tokenizers:
+        make_tokenizer(folder / where.option, toy.tokenizers[where.option])
+        lines.append(f'{where.option} = "{where.option}"')
     for number, part in enumerate(family.image_encoders, 10):
         write(part, toy.images[part.name], number)
     if whole:

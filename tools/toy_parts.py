@@ -30,6 +30,7 @@ class Toy:
     text: Mapping[str, ToyText]  # part name -> its toy
     images: Mapping[str, Made] = field(default_factory=dict)  # image encoders by part name
     options: Mapping[str, Any] = field(default_factory=dict)  # of toy.toml
+    tokenizers: Mapping[str, str] = field(default_factory=dict)  # without an encoder: option -> one of TOKENIZERS
     denoiser: dict[str, Any] | None = None  # its configuration, if it is not in toy_configs.json
 
 
@@ -141,6 +142,7 @@ def old_t5(width: int, vocabulary: int) -> Made:
 
 
 TOYS: dict[str, Toy] = {
+    "anima": Toy(toy_vaes.wan21(), {"text_encoder": ToyText(qwen3, 64)}, tokenizers={"t5_tokenizer_path": "t5"}),
     "cosmos_predict2": Toy(toy_vaes.wan21(), {"t5xxl": ToyText(old_t5, 64, "t5")}),
     "flux": Toy(vae_ldm(16), {"clip_l": ToyText(clip_bare, 32, "clip"), "t5xxl": ToyText(t5, 64, "t5")}),
     "hunyuan_image": Toy(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.layout import Row, Shape, block, count, row
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,22 @@ CARRIED = (  # counters and tables in NVIDIA's files
 BLOCKS = ("transformer_blocks",)
 # In names of every layout; of Cosmos 1.0 too.
 MODULATION = ("adaln_modulation", "adaLN_modulation", "norm1.linear_", "norm2.linear_", "norm3.linear_")
+# Options for parts of the blocks -> what original names of those have in them.
+RATES = (
+    ("self_attn_lr", ".self_attn."),
+    ("cross_attn_lr", ".cross_attn."),
+    ("mlp_lr", ".mlp."),
+    ("mod_lr", ".adaln_modulation"),
+)
 PREFIXES = ("net.", "", "model.diffusion_model.", "diffusion_model.")
+
+
+def rate_options() -> tuple[Option, ...]:
+    titles = ("self attention", "cross attention", "the MLPs", "the modulation")
+    return tuple(
+        Option(name, "float", None, f"learning rate of {title}, 0 = not trained; the general one if not set", low=0)
+        for (name, _), title in zip(RATES, titles, strict=True)
+    )
 
 
 def recognise(shapes: Mapping[str, Shape]) -> str | None:

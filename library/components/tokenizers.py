@@ -9,7 +9,7 @@ from typing import Any
 
 from library import checkpoints
 from library.errors import ConfigError
-from library.families.family import Family, Part
+from library.families.family import Family, Part, Tokenizer
 from library.headers import read_header
 
 SPIECE = "spiece_model"  # in ComfyUI's UMT5 and Gemma files: the bytes of a sentencepiece model
@@ -17,10 +17,10 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 TEKKEN = "tekken_model"  # in ComfyUI's Mistral files: the bytes of a tekken.json
 
 
-def tokenizer_path(part: Part, options: Any) -> tuple[str, str]:
+def tokenizer_path(part: Part, options: Any, other: Tokenizer | None = None) -> tuple[str, str]:
     """(folder, file or hub id, subfolder of it): the option, else a folder beside the encoder, else the encoder's own
-    file if it holds one, else the hub id."""
-    where = part.tokenizer
+    file if it holds one, else the hub id. Of the encoder's own tokenizer, or of another one that goes with it."""
+    where = other or part.tokenizer
     given = getattr(options, where.option)
     if given:
         return given, ""
@@ -39,28 +39,24 @@ def _holds(file: Path, key: str) -> bool:
 
 
 def tokenizer_paths(family: Family, options: Any) -> list[tuple[str, str]]:
-    """Of every text encoder that has one. No import of transformers, no network."""
-    return [tokenizer_path(part, options) for part in family.text_encoders if part.tokenizer]
+    """In the family's order. No import of transformers, no network."""
+    return [tokenizer_path(part, options, where) for where, part in family.tokenizers]
 
 
 def load_tokenizers(family: Family, options: Any) -> list[Any]:
-    """In the order of the text encoders. Raises ConfigError saying what to do."""
-    parts = [part for part in family.text_encoders if part.tokenizer]
+    """In the family's order. Raises ConfigError saying what to do."""
     return [
-        (part.tokenizer.load or load_tokenizer)(*tokenizer_path(part, options), option=part.tokenizer.option)
-        for part in parts
+        (where.load or load_tokenizer)(*tokenizer_path(part, options, where), option=where.option)
+        for where, part in family.tokenizers
     ]
 
 
 def check_tokenizers(family: Family, options: Any) -> None:
     """A local tokenizer has to exist; only a hub id, owner/name, may be elsewhere. Raises ConfigError."""
-    for part in family.text_encoders:
-        if part.tokenizer:
-            value, _ = tokenizer_path(part, options)
-            if not Path(value).exists() and (value.count("/") != 1 or value.startswith((".", "/", "~"))):
-                raise ConfigError(
-                    f"--{part.tokenizer.option} {value}: no such folder (and not a hub id of the form owner/name)"
-                )
+    for where, part in family.tokenizers:
+        value, _ = tokenizer_path(part, options, where)
+        if not Path(value).exists() and (value.count("/") != 1 or value.startswith((".", "/", "~"))):
+            raise ConfigError(f"--{where.option} {value}: no such folder (and not a hub id of the form owner/name)")
 
 
 def load_tokenizer(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:

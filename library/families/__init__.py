@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from library.families.family import Family
 
 FAMILIES: dict[str, str] = {
+    "anima": "library.families.anima:ANIMA",
     "cosmos_predict2": "library.families.cosmos_predict2:COSMOS_PREDICT2",
     "flux": "library.families.flux:FLUX",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",

@@ -102,6 +102,8 @@ COSMOS_PREDICT2 = Family(
     # diffusion-pipe (the seed's system) draws sigma from a logit-normal distribution without a shift, and its advice
     # for fp8 is e5m2.
     defaults={"timestep_sampling": "sigmoid", "fp8_format": "e5m2"},
+    options=cosmos.rate_options(),
+    own_rates=cosmos.RATES,
     save_formats=("comfy", "kohya"),
     architecture="cosmos-predict2",
     base_model_version="cosmos_predict2",

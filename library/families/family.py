@@ -97,6 +97,8 @@ class Part:
     markers: Callable[..., dict[str, Tensor]] = lambda model: {}  # keys without values that a file of this model holds
     finish: Callable[..., None] = lambda model, device: None  # buffers that no file holds, after the weights are in
     tokenizer: Tokenizer | None = None  # of a text encoder
+    # Modules of ours that lie in another folder of a diffusers repository: (beginning of their names, folder)
+    apart: tuple[tuple[str, str], ...] = ()
     kohya: str = ""  # the layout whose names sd-scripts' LoRA files have, if it is not the first one
     high_precision: tuple[str, ...] = ()  # parts of ORIGINAL names of Linear weights that quantisation leaves alone
     precision_options: str = ""  # of a text encoder, "vl", "t5" or "llm": --fp8_<this> and --nf4_<this> quantise it
@@ -167,10 +169,19 @@ class Family:
     # (the denoiser's configuration) -> how wide the states of each text encoder have to be, None = any
     text_widths: Callable[[Mapping[str, Any]], tuple[int | None, ...]] | None = None
     advice: Callable[..., tuple[str, ...]] = lambda options: ()  # what the plan says about options that harm this model
+    extra_tokenizers: tuple[Tokenizer, ...] = ()  # without an encoder; after those of the text encoders
+    # (option, what the ORIGINAL names of the modules have in them whose learning rate it is), the first that fits
+    own_rates: tuple[tuple[str, str], ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return (self.denoiser, self.vae, *self.text_encoders, *self.image_encoders)
+
+    @property
+    def tokenizers(self) -> tuple[tuple[Tokenizer, Part], ...]:
+        """Each with the text encoder beside whose file it is looked for."""
+        own = [(part.tokenizer, part) for part in self.text_encoders if part.tokenizer]
+        return (*own, *((one, self.text_encoders[0]) for one in self.extra_tokenizers))
 
     def resolved(self, options: Any) -> Family:
         """The record for the files and options of one run."""

@@ -11,9 +11,9 @@ from library.components import ragged
 
 
 class Anima(CosmosTransformer3DModel):
-    def __init__(self, adapter: dict[str, object], **configuration: object) -> None:
+    def __init__(self, adapter: dict[str, object] | None = None, **configuration: object) -> None:
         super().__init__(**configuration)
-        self.llm_adapter = AnimaTextConditioner(**adapter)
+        self.llm_adapter = AnimaTextConditioner(**(adapter or {}))
 
     def forward(self, video: Tensor, time: Tensor, states: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
         """[B,C+1,F,h,w] (the last channel 0), time [B] float32 in 0..1, Qwen3 states [T_i,D], T5 token ids [M_i].
