@@ -26,6 +26,7 @@ class Counting:
             option="text_encoder", tokenizer=Tokenizer("tokenizer", "owner/name"), precision_options=""
         )
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (encoder,), ()
+        self.tokenizers = ((encoder.tokenizer, encoder),)
         self.encode_item = self.text_pictures = None
         self.text_prefixes, self.control_size = (), None
         self.title, self.max_controls, self.least_controls, self.frames = "Fake", 0, 0, None

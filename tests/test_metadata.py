@@ -30,6 +30,7 @@ TOY = SimpleNamespace(
     vae=SimpleNamespace(option="vae"),
     parts=(),
     text_prefixes=(),
+    tokenizers=(),
     objective=FLOW,
 )
 RUN = {"total_steps": 40, "epochs": 3, "steps_per_epoch": 16}

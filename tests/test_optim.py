@@ -27,6 +27,7 @@ TOY = SimpleNamespace(
     save_formats=("comfy",),
     objective=FLOW,
     text_prefixes=(),
+    tokenizers=(),
     parts=(),
 )
 NAMES = {

@@ -25,6 +25,7 @@ def parse(monkeypatch):
         save_formats=("comfy",),
         objective=FLOW,
         text_prefixes=(),
+        tokenizers=(),
         parts=(),
     )
     monkeypatch.setitem(library.families.FAMILIES, "toy", "unused:UNUSED")
