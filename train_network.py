@@ -169,6 +169,7 @@ class NetworkTrainer:
         from library import optim
         from library.batches import Loader
         from library.ema import Average
+        from library.memory.fused import FusedBackward
 
         options, runtime = self.options, self.runtime
         groups = runtime.parameter_groups(self.network, self.denoiser)
@@ -187,6 +188,9 @@ class NetworkTrainer:
         self.optimizer = optim.create_optimizer(options, groups)
         self.scheduler = optim.create_scheduler(options, self.optimizer, self.plan.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
+        self.fused = None
+        if options.fused_backward_pass:
+            self.fused = FusedBackward(self.optimizer, self.parameters, runtime.memory.swap)
         self.stateful = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
         self.average = Average(self.trained, options.ema_decay) if options.ema_decay else None
         if self.average is not None:
@@ -232,6 +236,9 @@ class NetworkTrainer:
         with self.runtime.autocast():
             loss = self.step(batch)
         loss = loss.mean() * batch.share
+        if self.fused is not None:
+            self.guard.settle()  # it may end the run, with the weights of the step before
+            self.fused.begins(loss)
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -277,7 +284,7 @@ class NetworkTrainer:
         return x0, conds, draws
 
     def _update(self, step: Step, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """All-reduce, unscale, clip, optimizer, scheduler; returns loss and gradient norm, still on the device."""
+        """All-reduce, optimizer, scheduler; returns loss and gradient norm, still on the device."""
         import torch
 
         options = self.options
@@ -285,10 +292,13 @@ class NetworkTrainer:
         self.runtime.reduce_gradients(self.parameters)
         loss = sum(losses) if losses else torch.zeros((), device=self.device)
         loss = self.agreement.sum(loss, self.stops.wishes())
-        self.scaler.unscale_(self.optimizer)
-        limit = options.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        self.guard.step(step, loss, norm)
+        if self.fused is not None:
+            norm = self.fused.norm()
+            self.guard.note(step, loss, norm)
+        else:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, options.max_grad_norm or float("inf"))
+            self.guard.step(step, loss, norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if options.scale_weight_norms and self.network is not None:

@@ -163,6 +163,16 @@ def _held(runtime: Any) -> str:
     return f": the machine has {host['total'] / 2**30:.1f} GiB, this process holds {host['process'] / 2**30:.1f}"
 
 
+def _could_fuse(trainer: NetworkTrainer) -> bool:
+    """Whether gradients could be freed one by one; those of a network are small anyway."""
+    from library.option_checks import is_lr_free, is_schedule_free
+
+    options, kind = trainer.options, trainer.options.optimizer_type
+    whole = options.network_module or options.fused_backward_pass or is_lr_free(kind) or is_schedule_free(kind)
+    several = options.gradient_accumulation_steps > 1 or getattr(getattr(trainer, "runtime", None), "world", 1) > 1
+    return not (whole or several or options.mixed_precision == "fp16")
+
+
 def remedies(trainer: NetworkTrainer) -> list[str]:
     """What would need less memory and is not done yet, cheapest in time first."""
     options, out = trainer.options, []
@@ -178,6 +188,8 @@ def remedies(trainer: NetworkTrainer) -> list[str]:
                 out.append(f"--{name}{value}")
     elif not options.full_bf16 and "bf16" in (options.mixed_precision, None):
         out.append("--full_bf16")
+    if _could_fuse(trainer):
+        out.append("--fused_backward_pass --max_grad_norm 0")
     largest = max((spec.batch_size for spec in trainer.dataset.specs), default=1)
     if largest > 1:
         out.append(f"a batch_size below {largest} with --gradient_accumulation_steps")

@@ -62,9 +62,7 @@ class Guard:
     def step(self, step: Step, loss: Tensor, norm: Tensor) -> None:
         """One optimizer step, or none. `loss` and `norm` are scalars on the device, the same in all processes."""
         trainer = self.trainer
-        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(norm)])
-        self.settle()
-        self.waiting = (step, Late(bad.float()))
+        bad = self.note(step, loss, norm)
         if trainer.scaler.is_enabled():
             trainer.scaler.step(trainer.optimizer)  # finds by itself whether a gradient overflowed
             trainer.scaler.update()
@@ -73,6 +71,13 @@ class Guard:
             trainer.optimizer.step()
         elif not bad.any():
             trainer.optimizer.step()
+
+    def note(self, step: Step, loss: Tensor, norm: Tensor) -> Tensor:
+        """Look at a step's numbers; returns two flags on the device. What the host does about it comes later."""
+        bad = torch.stack([~torch.isfinite(loss), ~torch.isfinite(norm)])
+        self.settle()
+        self.waiting = (step, Late(bad.float()))
+        return bad
 
     def settle(self) -> None:
         """Read what became of the step before; a bad one is dumped, and the third in a row ends the run."""
@@ -92,7 +97,9 @@ class Guard:
         what = "the loss" if loss_bad else "the gradient norm"
         cause = self._dump(step)
         self.trainer.position.suspect = not any(word in cause for word in DATA)
-        self.trainer.outputs.say(f"warning: step {step.number + 1} is skipped: {what} is no finite number; {cause}")
+        early = self.trainer.fused is not None and not loss_bad
+        skipped = "is skipped from the first such gradient of its backward pass on" if early else "is skipped"
+        self.trainer.outputs.say(f"warning: step {step.number + 1} {skipped}: {what} is no finite number; {cause}")
         if self.in_a_row >= IN_A_ROW:
             lower = "resume an earlier state with a lower --learning_rate, or use bf16 for fp16"
             self.end(

@@ -134,6 +134,42 @@ def check(options: Options, total_steps: int | None = None) -> None:
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": rate, "name": "check"}
     length = total_steps or (options.max_train_steps if not options.max_train_epochs else 2**31)
     create_scheduler(options, create_optimizer(options, [group]), length)
+    if options.fused_backward_pass:
+        check_steps_alone(options, rate)
+
+
+def check_steps_alone(options: Options, rate: float) -> None:
+    """Raise ConfigError for an optimizer whose step for one weight is not the same without the others.
+
+    Found by trying: three steps of two small weights, together and one after the other. bitsandbytes, some of whose
+    optimizers need a GPU, updates one weight after another by its source.
+    """
+    import torch
+
+    from library.memory.fused import step_alone
+
+    what = f"--fused_backward_pass does not go with --optimizer_type {options.optimizer_type}"
+    if optimizer_class(options.optimizer_type)[0].__module__.startswith("bitsandbytes"):
+        return
+    results = []
+    for alone in (False, True):
+        weights = [torch.nn.Parameter(torch.full((4, 4), 0.5 + k)) for k in range(2)]
+        optimizer = create_optimizer(options, [{"params": weights, "lr": rate, "name": "check"}])
+        generator = torch.Generator().manual_seed(0)
+        try:
+            train_mode(optimizer)
+            for _ in range(3):
+                for weight in weights:
+                    weight.grad = torch.randn(4, 4, generator=generator)
+                for weight in weights if alone else ():
+                    step_alone(optimizer, 0, weight)
+                if not alone:
+                    optimizer.step()
+        except Exception as error:
+            raise ConfigError(f"{what}, which could not be tried on the CPU: {error}") from error
+        results.append(torch.stack([weight.detach() for weight in weights]))
+    if not torch.equal(*results):
+        raise ConfigError(f"{what}, whose step looks at all weights at once; choose AdamW or Adafactor")
 
 
 def create_optimizer(options: Options, groups: list[dict[str, Any]]) -> Optimizer:

@@ -181,6 +181,7 @@ def check_read(options: Options) -> None:
     _check_objective(options)
     _check_scheduler(options)
     _check_optimizer(options)
+    _check_fused(options)
     _check_saving(options)
     _check_run(options)
     _check_memory(options)
@@ -235,6 +236,27 @@ def _check_optimizer(options: Options) -> None:
         )
     if options.learning_rate < 0.1:
         _warn(f"--learning_rate {options.learning_rate:g} multiplies the rate that {kind} finds; 1.0 is usual")
+
+
+def _check_fused(options: Options) -> None:
+    """--fused_backward_pass with what has to know all gradients before the step."""
+    if not options.fused_backward_pass:
+        return
+    kind, world = options.optimizer_type, int(os.environ.get("WORLD_SIZE", "1"))
+    if is_lr_free(kind) or is_schedule_free(kind):
+        why = f"--optimizer_type {kind}, whose step looks at all weights at once; choose AdamW or Adafactor"
+    elif options.gradient_accumulation_steps > 1:
+        given = f"--gradient_accumulation_steps {options.gradient_accumulation_steps}"
+        why = f"{given}: a gradient is used and freed before the next batch could add to it; take a larger batch_size"
+    elif options.max_grad_norm:
+        why = f"{_shown(options, 'max_grad_norm')}: the norm is known only when all gradients are gone; set it to 0"
+    elif options.mixed_precision == "fp16":
+        why = "--mixed_precision fp16, which has to look for overflows in all gradients first; use bf16"
+    elif world > 1:
+        why = f"{world} processes, whose gradients would have to be added up first; start one"
+    else:
+        return
+    raise ConfigError(f"--fused_backward_pass does not go with {why}")
 
 
 def _check_saving(options: Options) -> None:

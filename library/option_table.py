@@ -169,6 +169,13 @@ OPTIMIZER = _group(
         high=1,
     ),
     Opt("max_grad_norm", "float", 1.0, "clip gradients at this norm; 0 = never", low=0),
+    Opt(
+        "fused_backward_pass",
+        "flag",
+        False,
+        "update each weight as soon as its gradient is there, and free it; needs --max_grad_norm 0",
+        aliases=("gradient_release",),
+    ),
     Opt("lr_scheduler", "str", "constant", "constant, constant_with_warmup, linear, cosine, ... or adafactor:LR"),
     Opt("lr_scheduler_type", "str", None, "class of torch.optim.lr_scheduler or module.Class, instead"),
     Opt("lr_scheduler_args", "args", None, "arguments of the scheduler"),

@@ -13,6 +13,7 @@ _DDPM = "it has no meaning for flow-matching models; Stable Diffusion 1, 2 and X
 _ATTENTION = "use --attn_mode; torch's scaled_dot_product_attention is the default"
 _CONSOLE = "messages go to the terminal; every run writes a JSONL log"
 _POSITION = "--resume restores the exact position from the state"
+_FUSED = "use --fused_backward_pass, which takes every optimizer that updates each weight by itself"
 _SD_ONLY = "only Stable Diffusion 1, 2 and XL read it"
 
 NOT_OFFERED: dict[str, str] = {
@@ -33,7 +34,7 @@ NOT_OFFERED: dict[str, str] = {
     **_all("huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload", _HUB),
     **_all("wandb_api_key", "set the environment variable WANDB_API_KEY; an option would end up in logs"),
     **_all("log_config", "the effective configuration is always written beside the output"),
-    **_all("fused_backward_pass", _NOT_YET),
+    **_all("fused_optimizer_groups blockwise_fused_optimizers", _FUSED),
     **_all("noise_offset noise_offset_random_strength adaptive_noise_scale zero_terminal_snr min_snr_gamma", _DDPM),
     **_all("multires_noise_iterations multires_noise_discount scale_v_pred_loss_like_noise_pred", _DDPM),
     **_all("v_pred_like_loss debiased_estimation_loss", _DDPM),

@@ -99,8 +99,10 @@ class Outputs:
 
     def after_backward(self) -> None:
         """Before the gradients of the processes are added up, which fills in what is missing."""
-        if self.trainer.position.step == self.first_number and (text := self.updates.without_gradient()):
-            self.say(text)
+        if self.trainer.position.step == self.first_number:
+            fused = self.trainer.fused
+            if text := self.updates.without_gradient(fused.reached) if fused else self.updates.without_gradient():
+                self.say(text)
 
     def after_step(self, loss: Tensor, norm: Tensor, wishes: stops.Wishes, *, last: bool) -> None:
         """Numbers of the step before this one are written now: reading this step's would wait for the device."""

@@ -1,6 +1,6 @@
 """Everything that can be known before a weight loads: checked in one place, printed as one plan.
 
-Imports no torch: a mistake in the command line is answered in a second, not after a minute of loading.
+Imports no torch before the plan is printed: most mistakes are answered in a second, not after a minute of loading.
 """
 
 from __future__ import annotations
@@ -76,7 +76,15 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     say(plan.text)
     if options.write_preview:
         _preview(dataset, Path(options.write_preview), say)
+    _check_optimizer(options, total)
     return plan
+
+
+def _check_optimizer(options: Options, total_steps: int) -> None:
+    """The first check that needs torch, which the run needs anyway."""
+    from library import optim
+
+    optim.check(options, total_steps)
 
 
 def check_parts(family: Family, options: Any) -> tuple[Family, dict[str, str]]:

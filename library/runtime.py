@@ -22,6 +22,7 @@ from library.errors import ConfigError
 from library.families.family import Text
 from library.memory.base_networks import add_network
 from library.memory.denoiser import DenoiserMemory
+from library.memory.fused import separate
 from library.memory.loading import Loading
 from library.memory.precision import text_recipe
 from library.processes import TIMEOUT, Processes, all_reduce
@@ -143,6 +144,8 @@ class Runtime:
             return self._load(part, self.encoder_dtype)
         model = self._load(part, self.weight_dtype)
         model.requires_grad_(not self.options.network_module)
+        if self.options.fused_backward_pass:
+            separate(model)
         if self.options.gradient_checkpointing:
             checkpoint_blocks(model, largest_list(model))
         return model
@@ -214,6 +217,8 @@ class Runtime:
             named = dict(model.named_parameters())
             for name, rate in whole_rates(model, self.family, self.options).items():
                 named[name].requires_grad_(rate != 0)
+        if trained and self.options.fused_backward_pass:
+            separate(model)
         model.train()
         self.memory.prepare(model, trained=trained, checkpointed=self.options.gradient_checkpointing)
 

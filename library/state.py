@@ -39,7 +39,8 @@ FREE = frozenset(
     "save_model_as metadata_title metadata_author metadata_description metadata_license metadata_tags "
     "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor "
     "metadata_is_negative_embedding "
-    "blocks_to_swap sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap highvram".split()
+    "fused_backward_pass blocks_to_swap sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap "
+    "highvram".split()
 )
 # Options without which nothing of a state can be loaded.
 INCOMPATIBLE = frozenset("model_type network_module network_dim optimizer_type dim_from_weights".split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,9 +68,9 @@ class Updates:
         numbers = {"mean": mean, "largest": max(sizes.values()), "unchanged": still, "of": len(sizes)}
         return f"update: mean ||dW||/||W|| {100 * mean:.3g} %, {still} of {len(sizes)} {what} unchanged", numbers
 
-    def without_gradient(self) -> str:
+    def without_gradient(self, reached: Callable[[Tensor], bool] = lambda p: p.grad is not None) -> str:
         """A warning about trained tensors that the first backward pass did not reach, "" if it reached all."""
-        names = [name for name, p in self.trainer.trained.items() if p.requires_grad and p.grad is None]
+        names = [name for name, p in self.trainer.trained.items() if p.requires_grad and not reached(p)]
         if not names:
             return ""
         return (

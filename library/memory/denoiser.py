@@ -50,7 +50,7 @@ class DenoiserMemory:
                 self.device,
                 ring=getattr(self.options, "block_swap_ring_size", 2),
                 pinned=getattr(self.options, "use_pinned_memory_for_block_swap", False),
-                collects=trained,
+                collects=trained and not getattr(self.options, "fused_backward_pass", False),
                 checkpointed=checkpointed,
             )
         if checkpointed:
