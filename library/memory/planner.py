@@ -12,6 +12,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library import checkpoints
 from library.checkpointing import checkpoint_blocks
+from library.components.tokenizers import load_tokenizers, tokenizer_paths
 from library.families.family import ItemInput, Text
 from library.memory import sketch, swap_plan
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe, text_recipe
+from library.updates import Updates
 
 if TYPE_CHECKING:
     from library.families.family import Cond, Family, Part
 
-CAPTION_TOKENS = 256  # of a caption, where only its length matters
+LETTERS = 4  # of a token, where the tokenizer is not there: about what English text has
+CAPTION = "word" * 256  # where no dataset says how long captions are
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,6 +45,7 @@ class Work:
     frames: int = 1
     items: int = 0  # that are cached; 0 = not known
     captions: int = 0
+    caption: str = CAPTION  # the longest one
     controls: tuple[tuple[int, int], ...] = ()  # width, height of each control picture
 
 
@@ -56,17 +61,15 @@ class Account:
 
 
 class StandIn:
-    """A tokenizer that makes `count` tokens of any text: a plan needs their number, not which they are."""
-
-    def __init__(self, count: int = CAPTION_TOKENS) -> None:
-        self.count = count
+    """A tokenizer that makes a token of every few letters: a plan needs their number, not which they are."""
 
     def __call__(self, text: Any, **how: Any) -> Any:
         from transformers import BatchEncoding
 
         texts = [text] if isinstance(text, str) else list(text)
-        most = how.get("max_length") or self.count
-        rows = [[1] * (0 if not one else min(self.count, most)) for one in texts]
+        counts = [-(-len(one) // LETTERS) for one in texts]
+        most = how.get("max_length") or max(counts)
+        rows = [[1] * min(count, most) for count in counts]
         masks = [[1] * len(row) for row in rows]
         if how.get("padding") == "max_length":
             masks = [m + [0] * (most - len(m)) for m in masks]
@@ -129,14 +132,22 @@ class Planner:
     def text(self) -> tuple[Account, Cond]:
         """Encoding one caption with all text encoders resident; also what it gives, as shapes."""
         parts, options = self.family.text_encoders, self.options
+        tokenizers = self.tokenizers()
         with self.phase() as tracker, torch.no_grad():
             encoders = [self.load(part, self.encoder_dtype, text_recipe(options, part)) for part in parts]
             weights = tracker.live
             tracker.restart()
-            tokenizers = [StandIn() for part in parts if part.tokenizer]
-            cond = self.family.encode(encoders, tokenizers, Text("a caption"), "cpu")
+            cond = self.family.encode(encoders, tokenizers, Text(self.work.caption), "cpu")
             shapes = {name: (tuple(value.shape), value.dtype) for name, value in cond.items()}
             return Account(tracker.peak, {"weights": weights, "activations": tracker.peak - weights}), shapes
+
+    def tokenizers(self) -> list[Any]:
+        """The real ones where all are on this disk."""
+        family = self.family
+        if all(Path(path).exists() for path, _ in tokenizer_paths(family, self.options)):
+            return load_tokenizers(family, self.options)
+        self.notes.append(f"no tokenizer on this disk: a token is taken for every {LETTERS} letters")
+        return [StandIn() for part in family.text_encoders if part.tokenizer]
 
     def pixels(self, batch: int) -> torch.Tensor:
         frames = () if self.family.frames is None else (self.work.frames,)
@@ -181,16 +192,21 @@ class Planner:
             weights = tracker.live
             trained = self._network(model) if is_network else model
             parameters = [p for p in trained.parameters() if p.requires_grad]
-            adapter = tracker.live - weights
+            adapter, before = tracker.live - weights, tracker.live
+            samples = {} if is_network else Updates._sample(dict(trained.named_parameters()))  # host copies, bounded
+            sampled = tracker.live - before
             if options.gradient_checkpointing:
                 checkpoint_blocks(model, family.blocks)
             tracker.restart()
             saved = self._step(model, shape, cond, tracker)
+            del samples
             count = sum(p.numel() for p in parameters)
             gradients = sum(p.numel() * p.element_size() for p in parameters)
             states = self._states(parameters)
-            blocks = swap_plan.block_names(model, family, options.blocks_to_swap or 0)
-            held = [_bytes_of(model.get_submodule(name)) for name in blocks]
+            counts, units = swap_plan.counts_of(model, family), swap_plan.units_of(model, family)
+            blocks = {
+                name: [_bytes_of(block) for block in model.get_submodule(name)] for name in family.blocks
+            }  # bytes of every block
         fused = getattr(options, "fused_backward_pass", False)
         peak = tracker.peak + states - (gradients if fused else 0)
         device = Account(peak, {
@@ -198,10 +214,18 @@ class Planner:
             "activations": tracker.peak - weights - adapter - gradients,
         })  # fmt: skip
         host = Account()
-        self._swap(device, host, held)
+        if sampled:
+            device.parts["samples"] = sampled
+            device.parts["activations"] -= sampled
+            if self.accelerator:
+                _move("samples", sampled, device, host)
+        facts = {"trained_parameters": count, "checkpoint_bytes": saved,
+                 "blocks": {name: (sizes, units[name]) for name, sizes in blocks.items()},
+                 "most_blocks_to_swap": swap_plan.largest(counts, units)}  # fmt: skip
+        self.swap(device, host, facts["blocks"], options.blocks_to_swap or 0)
         if getattr(options, "cpu_offload_checkpointing", False):
             _move("activations", saved, device, host)
-        return device, host, {"trained_parameters": count, "checkpoint_bytes": saved}
+        return device, host, facts
 
     def _network(self, model: torch.nn.Module) -> torch.nn.Module:
         import importlib
@@ -237,12 +261,15 @@ class Planner:
         loss.backward()
         return saved
 
-    def _swap(self, device: Account, host: Account, held: list[int]) -> None:
+    def swap(self, device: Account, host: Account, blocks: dict[str, tuple[list[int], int]], value: int) -> None:
+        """Move what --blocks_to_swap `value` keeps on the host; `blocks`: list -> (bytes of each block, unit)."""
+        counts, units = {n: len(b) for n, (b, _) in blocks.items()}, {n: unit for n, (_, unit) in blocks.items()}
+        chosen = swap_plan.swapped(counts, units, value)
+        held = [blocks[name][0][index] for name, indices in chosen.items() for index in indices]
         if held:
             ring = min(len(held), self.options.block_swap_ring_size) * max(held)
             _move("weights", sum(held) - ring, device, host)
             host.parts["weights"], host.peak = sum(held), host.peak + ring
-            self.notes.append(f"{len(held)} blocks are swapped, a ring of {self.options.block_swap_ring_size} stays")
 
     def _states(self, parameters: list[torch.Tensor]) -> int:
         """Bytes of the optimizer's states, from one real step of it on a small parameter of the same format."""
@@ -330,7 +357,8 @@ def make(options: Any, family: Family, work: Work, accelerator: bool = True) -> 
         },
         "host": {"peak_bytes": host.peak + sum(cached["memory"].values()), **host.parts, **cached["memory"]},
         "disk": {"cache_bytes": cached["disk"]},
-        **facts,
+        "trained_parameters": facts["trained_parameters"],
+        "most_blocks_to_swap": facts["most_blocks_to_swap"],
         "notes": planner.notes + ([] if not resident else ["device and host are the same memory"]),
     }
 

@@ -1,0 +1,88 @@
+"""The memory of a run before it starts: python tools/plan.py --model_type F <the training options> [--vram 12] [--json]
+
+Takes the options of training. Where a file is not given the released model's size is taken; where no dataset is
+given, --resolution W,H with --frames, --batch_size and --items says what is trained. Needs no weights and no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its inspect.py hides the standard one
+
+from library import options as option_machinery
+from library.errors import ConfigError, run
+from library.option_kinds import Option
+
+OWN = {
+    option.name: option
+    for option in (
+        Option("resolution", "size", None, "size of the pictures, where no dataset is given"),
+        Option("frames", "int", 1, "frames of a clip, where no dataset is given", low=1),
+        Option("batch_size", "int", 1, "items of a batch, where no dataset is given", low=1),
+        Option("items", "int", 0, "pictures or clips that are cached, where no dataset is given", low=0),
+        Option("vram", "float", None, "GB of the device: name the cheapest settings that fit", low=0.1),
+        Option("json", "flag", False, "print JSON (docs/memory.md says what is in it)"),
+    )
+}
+
+
+def split(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(this tool's own values, the words that are training options)."""
+    own = {name: option.default for name, option in OWN.items()}
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in OWN:
+            words.append(word)
+        elif OWN[name].kind == "flag":
+            own[name] = True
+        else:
+            if not equals and not rest:
+                raise ConfigError(f"--{name} needs a value ({OWN[name].help})")
+            own[name] = OWN[name].read(value if equals else rest.pop(0), "command line")
+    return own, words
+
+
+def work_of(own: dict[str, Any], options: Any, family: Any) -> Any:
+    """The largest batch of the dataset, or what --resolution says."""
+    from library.memory.plan_table import largest
+    from library.memory.planner import Work
+
+    if options.dataset_config or options.train_data_dir or options.in_json:
+        from library.data.dataset import prepare
+
+        return largest(prepare(options, family, family.pixel_multiple))
+    width, height = own["resolution"] or (family.resolution, family.resolution)
+    step = family.pixel_multiple
+    if width % step or height % step:
+        raise ConfigError(f"--resolution {width},{height}: sides of {family.title} are multiples of {step}")
+    return Work(width, height, own["batch_size"], own["frames"], own["items"], own["items"])
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        print("\n".join(f"  --{name:12} {option.help}" for name, option in OWN.items()))
+        return
+    own, words = split(sys.argv[1:])
+    if "--output_dir" not in words:
+        words += ["--output_dir", "."]
+    options = option_machinery.parse(None, words, "plan.py")
+    from library.memory import advice, plan_table, planner
+
+    family = plan_table.resolved(options)
+    work = work_of(own, options, family)
+    plan = planner.make(options, family, work)
+    if own["vram"]:
+        plan["advice"] = advice.fitting(options, family, work, plan, own["vram"])
+    print(json.dumps(plan, indent=2) if own["json"] else plan_table.table(plan))
+
+
+if __name__ == "__main__":
+    run(main)
