@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["library*", "networks*", "tools*"]),
+    package_data={"library": ["released/*"]},
     py_modules=[path.stem for path in ROOT.glob("*_train_network.py")] + ["train_network"],
     install_requires=[
         "torch>=2.6",

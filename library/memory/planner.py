@@ -109,7 +109,7 @@ class Planner:
         path = checkpoints.path_of(part, self.options)
         if path:
             return sketch.of_file(part, path)
-        name = self.family.released.get(part.name)
+        name = sketch.released_names(self.family.name).get(part.name)
         if name is None:
             raise checkpoints.ConfigError(f"--{part.option} is missing: give {part.title} (its size is not known)")
         self.notes.append(f"{part.name}: no file is given, so the released model's size is taken ({name})")
@@ -147,7 +147,7 @@ class Planner:
         if all(Path(path).exists() for path, _ in tokenizer_paths(family, self.options)):
             return load_tokenizers(family, self.options)
         self.notes.append(f"no tokenizer on this disk: a token is taken for every {LETTERS} letters")
-        return [StandIn() for part in family.text_encoders if part.tokenizer]
+        return [StandIn() for _ in family.tokenizers]
 
     def pixels(self, batch: int) -> torch.Tensor:
         frames = () if self.family.frames is None else (self.work.frames,)
@@ -205,7 +205,7 @@ class Planner:
             states = self._states(parameters)
             counts, units = swap_plan.counts_of(model, family), swap_plan.units_of(model, family)
             blocks = {
-                name: [_bytes_of(block) for block in model.get_submodule(name)] for name in family.blocks
+                name: [_bytes_of(block) for block in model.get_submodule(name)] for name in counts
             }  # bytes of every block
         fused = getattr(options, "fused_backward_pass", False)
         peak = tracker.peak + states - (gradients if fused else 0)

@@ -72,6 +72,11 @@ def released(part: Part, name: str, dtype: str = "BF16") -> tuple[Sketch, str]:
     raise ConfigError(f"{path.name} is not {part.title}")
 
 
+def released_names(family: str) -> dict[str, str]:
+    """Part name -> the list of the released model's part; nothing for a family without lists."""
+    return json.loads((RELEASED / "index.json").read_text(encoding="utf-8")).get(family, {})
+
+
 def of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path, dtype: str) -> Sketch:
     tensors = {key: TensorInfo(dtype, shape, 0, math.prod(shape) * BITS[dtype] // 8) for key, shape in shapes.items()}
     return Sketch(path, (Header(path, tensors, {}, 0),))
