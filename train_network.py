@@ -191,7 +191,7 @@ class NetworkTrainer:
         self.fused = None
         if options.fused_backward_pass:
             self.fused = FusedBackward(self.optimizer, self.parameters, runtime.memory.swap)
-        self.stateful = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        self.stateful = {"optimizer": optim.Stored(self.optimizer), "scheduler": self.scheduler, "scaler": self.scaler}
         self.average = Average(self.trained, options.ema_decay) if options.ema_decay else None
         if self.average is not None:
             self.stateful["average"] = self.average
@@ -216,7 +216,7 @@ class NetworkTrainer:
         self.stops.in_loop = True  # from here on a stop waits for the end of the step
         for step in self.loader(self.position.step):
             outputs.step_begins()
-            optim.train_mode(self.optimizer)
+            optim.begin_step(self.optimizer, step.number)
             if self.network is not None:
                 self.network.on_epoch_start(
                     self.encoders, self.denoiser

@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         name.lower(): ("bitsandbytes", _BNB, name, {})
         for name in ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit")
     },
+    "adamw8bitkahan": ("bitsandbytes", "library.kahan", "AdamW8bitKahan", {}),
     "lion": ("lion-pytorch", "lion_pytorch", "Lion", {}),
     "prodigy": ("prodigyopt", "prodigyopt", "Prodigy", {}),
     "adafactor": ("transformers", "transformers.optimization", "Adafactor", {"relative_step": True}),
@@ -57,7 +58,8 @@ def _class(module: str, name: str, package: str, what: str) -> type:
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and (error.name or "") == module.partition(".")[0]
+        roots = (module.partition(".")[0], package.replace("-", "_"))
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "") in roots
         if missing and package != "torch":
             raise ConfigError(f"{what} needs the package {package}: pip install {package}") from None
         raise ConfigError(f"{what}: importing {module} failed ({error})") from None
@@ -134,12 +136,13 @@ def check(options: Options, total_steps: int | None = None) -> None:
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": rate, "name": "check"}
     length = total_steps or (options.max_train_steps if not options.max_train_epochs else 2**31)
     create_scheduler(options, create_optimizer(options, [group]), length)
-    if options.fused_backward_pass:
-        check_steps_alone(options, rate)
+    for option in ("fused_backward_pass", "stochastic_rounding"):
+        if getattr(options, option):
+            check_steps_alone(options.replace(stochastic_rounding=False), rate, option)
 
 
-def check_steps_alone(options: Options, rate: float) -> None:
-    """Raise ConfigError for an optimizer whose step for one weight is not the same without the others.
+def check_steps_alone(options: Options, rate: float, option: str) -> None:
+    """Raise ConfigError about `option` for an optimizer whose step for one weight is not the same without the others.
 
     Found by trying: three steps of two small weights, together and one after the other. bitsandbytes, some of whose
     optimizers need a GPU, updates one weight after another by its source.
@@ -148,8 +151,8 @@ def check_steps_alone(options: Options, rate: float) -> None:
 
     from library.memory.fused import step_alone
 
-    what = f"--fused_backward_pass does not go with --optimizer_type {options.optimizer_type}"
-    if optimizer_class(options.optimizer_type)[0].__module__.startswith("bitsandbytes"):
+    what = f"--{option} does not go with --optimizer_type {options.optimizer_type}"
+    if any(cls.__module__.startswith("bitsandbytes") for cls in optimizer_class(options.optimizer_type)[0].__mro__):
         return
     results = []
     for alone in (False, True):
@@ -195,6 +198,10 @@ def create_optimizer(options: Options, groups: list[dict[str, Any]]) -> Optimize
         raise ConfigError(f"--optimizer_type {options.optimizer_type} finds one learning rate for all parameters, but "
                           f"the groups have {', '.join(f'{rate:g}' for rate in sorted(rates))}; "
                           "give them one rate (no network_reg_lrs, no LoRA+)")  # fmt: skip
+    if getattr(options, "stochastic_rounding", False):
+        from library.rounding import rounding
+
+        cls = rounding(cls, options.seed)
     try:
         return cls(groups, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
@@ -355,6 +362,39 @@ def eval_mode(optimizer: Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer._weights_in_training = [p.detach().clone() for p in parameters]
     optimizer.eval()
+
+
+def begin_step(optimizer: Optimizer, number: int) -> None:
+    """Before an optimizer step, whose random numbers depend on its number."""
+    if hasattr(optimizer, "number"):
+        optimizer.number = number
+    train_mode(optimizer)
+
+
+class Stored:
+    """An optimizer as a training state keeps it: each tensor comes back in the format that it had.
+
+    torch casts states to the format of their weights, which would round the float32 states that some optimizers have
+    for half-precision weights. torch's own optimizers have states in the weights' format, but for `rounding`.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+        if type(self.optimizer).__module__.startswith("torch.optim"):
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        places = [place for group in state["param_groups"] for place in group["params"]]
+        for place, parameter in zip(places, parameters, strict=True):
+            live = self.optimizer.state.get(parameter, {})
+            for name, value in state["state"].get(place, {}).items():
+                if hasattr(value, "dtype") and hasattr(live.get(name), "dtype") and live[name].dtype != value.dtype:
+                    live[name] = value.to(live[name].device, copy=True)
 
 
 def train_mode(optimizer: Optimizer) -> None:

@@ -123,6 +123,9 @@ RULES: tuple[Rule, ...] = (
     _rule("dim_from_weights", lambda o: o.network_weights, "without --network_weights"),
     _rule("base_weights_multiplier", lambda o: o.base_weights, "without --base_weights"),
     # memory
+    _rule("stochastic_rounding", lambda o: o.full_bf16, "without --full_bf16, since other weights are not rounded"),
+    _rule("stochastic_rounding", lambda o: optimizer_name(o.optimizer_type) != "adamw8bitkahan",
+          "with --optimizer_type AdamW8bitKahan, which keeps what rounding takes away"),
     _rule("cpu_offload_checkpointing", lambda o: o.gradient_checkpointing, "without --gradient_checkpointing"),
     _rule("sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap",
           lambda o: o.blocks_to_swap, "without --blocks_to_swap"),
@@ -222,6 +225,8 @@ def _check_scheduler(options: Options) -> None:
 
 def _check_optimizer(options: Options) -> None:
     kind = options.optimizer_type
+    if optimizer_name(kind) == "adamw8bitkahan" and not (options.full_bf16 or options.full_fp16):
+        _warn(f"--optimizer_type {kind} corrects weights in half precision; without --full_bf16 it is AdamW8bit")
     if not is_lr_free(kind):
         return
     if optimizer_name(kind) == "dadaptsgd" and options.lr_warmup_steps:
@@ -239,13 +244,16 @@ def _check_optimizer(options: Options) -> None:
 
 
 def _check_fused(options: Options) -> None:
-    """--fused_backward_pass with what has to know all gradients before the step."""
+    """--fused_backward_pass with what has to know all gradients before the step; --stochastic_rounding updates one
+    weight after another too."""
+    kind, world = options.optimizer_type, int(os.environ.get("WORLD_SIZE", "1"))
+    for name in ("fused_backward_pass", "stochastic_rounding"):
+        if getattr(options, name) and (is_lr_free(kind) or is_schedule_free(kind)):
+            raise ConfigError(f"--{name} does not go with --optimizer_type {kind}, whose step looks at all weights at "
+                              "once; choose AdamW or Adafactor")  # fmt: skip
     if not options.fused_backward_pass:
         return
-    kind, world = options.optimizer_type, int(os.environ.get("WORLD_SIZE", "1"))
-    if is_lr_free(kind) or is_schedule_free(kind):
-        why = f"--optimizer_type {kind}, whose step looks at all weights at once; choose AdamW or Adafactor"
-    elif options.gradient_accumulation_steps > 1:
+    if options.gradient_accumulation_steps > 1:
         given = f"--gradient_accumulation_steps {options.gradient_accumulation_steps}"
         why = f"{given}: a gradient is used and freed before the next batch could add to it; take a larger batch_size"
     elif options.max_grad_norm:

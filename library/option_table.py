@@ -218,6 +218,12 @@ PRECISION = _group(
     Opt("mixed_precision", "str", "no", "autocast", choices=("no", "fp16", "bf16")),
     Opt("full_fp16", "flag", False, "trained weights and gradients in fp16"),
     Opt("full_bf16", "flag", False, "trained weights and gradients in bf16"),
+    Opt(
+        "stochastic_rounding",
+        "flag",
+        False,
+        "with --full_bf16: round updated weights up or down at random, so that small updates count",
+    ),
     Opt("gradient_checkpointing", "flag", False, "recompute blocks in the backward pass"),
     Opt(
         "cpu_offload_checkpointing",

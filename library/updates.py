@@ -99,7 +99,10 @@ class Updates:
         if all_of_them and norm == 0:
             return "the gradient is 0: the network is not part of what the loss is computed from"
         if options.full_bf16 or options.full_fp16:
-            return "the steps are smaller than what half precision can hold; leave out --full_bf16 / --full_fp16"
+            better = "leave out --full_bf16 / --full_fp16"
+            if options.full_bf16 and not options.stochastic_rounding:
+                better = "add --stochastic_rounding, take --optimizer_type AdamW8bitKahan, or leave out --full_bf16"
+            return f"the steps are smaller than what half precision can hold; {better}"
         if all_of_them:
             return f"the steps are too small (learning rate {max(rates, default=0):g}, gradient norm {norm:.3g})"
         return "no gradient reaches them, or their own learning rate is 0 (network_reg_lrs)"

@@ -84,14 +84,14 @@ def test_optimizers_that_look_at_all_weights_are_found_by_trying(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Counting", Counting, raising=False)
     with pytest.raises(ConfigError, match="Counting, whose step looks at all weights at once"):
-        optim.check_steps_alone(Options, 1e-3)
+        optim.check_steps_alone(Options, 1e-3, "fused_backward_pass")
     for kind in ("dadaptadam", "adamwschedulefree"):
         Options.optimizer_type, Options.learning_rate = kind, 1.0
         with pytest.raises(ConfigError, match="whose step looks at all weights at once"):
-            optim.check_steps_alone(Options, 1.0)
+            optim.check_steps_alone(Options, 1.0, "stochastic_rounding")
     Options.optimizer_type = "torch.optim.LBFGS"
     with pytest.raises(ConfigError, match="could not be tried on the CPU: .*closure"):
-        optim.check_steps_alone(Options, 1.0)
+        optim.check_steps_alone(Options, 1.0, "stochastic_rounding")
 
 
 # ---------------------------------------------------------------- the program

@@ -273,8 +273,9 @@ class Planner:
 
     def _states(self, parameters: list[torch.Tensor]) -> int:
         """Bytes of the optimizer's states, from one real step of it on a small parameter of the same format."""
-        per_value, is_factored = state_bytes(self.options.optimizer_type, tuple(self.options.optimizer_args or ()),
-                                             parameters[0].dtype)  # fmt: skip
+        dtype = torch.float32 if getattr(self.options, "stochastic_rounding", False) else parameters[0].dtype
+        arguments = tuple(self.options.optimizer_args or ())
+        per_value, is_factored = state_bytes(self.options.optimizer_type, arguments, dtype)
         if not is_factored:
             return int(sum(p.numel() for p in parameters) * per_value)
         return sum(4 * (sum(p.shape[:2]) if p.ndim > 1 else p.numel()) for p in parameters)
