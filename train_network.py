@@ -93,8 +93,7 @@ class NetworkTrainer:
         self.latents = strategies.latent_source(
             self.dataset, self.family, encoders, options, runtime.rank, runtime.world
         )
-        asked = [prompts.requests_of(prompt, self.family) for prompt in self.prompts]
-        extra = [strategies.Request(""), *(request for pair in asked for request in pair)]
+        extra = prompts.asked_of_text(self.prompts, self.family)
         self.text = strategies.text_source(
             self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world,
             is_trained=self.plan.trained.any_text,

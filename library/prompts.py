@@ -215,6 +215,13 @@ def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     return cond, uncond
 
 
+def asked_of_text(prompts: Sequence[Prompt], family: Any) -> list[Any]:
+    """Everything that the text encoders are asked for besides captions; the empty text is what dropout leaves."""
+    from library.strategies import Request
+
+    return [Request(""), *(request for prompt in prompts for request in requests_of(prompt, family))]
+
+
 def check_for(prompts: Sequence[Prompt], family: Any) -> None:
     """Raise ConfigError for a prompt that asks for what the family cannot make."""
     check_controls(prompts, family)

@@ -164,12 +164,8 @@ def latent_source(
     if not options.cache_latents:
         return LiveLatents(family, encoders, options.vae_batch_size)
     folder = cache_folder(options, dataset)
-    jobs = [
-        (item, flip)
-        for item in (*dataset.items, *dataset.validation)
-        for flip in ((False, True) if item.subset.flip_aug else (False,))
-    ]
-    identities = _latent_identities(jobs, family, options, folder if options.cache_latents_to_disk else None)
+    jobs = latent_jobs(dataset)
+    identities = latent_identities(jobs, family, options, folder if options.cache_latents_to_disk else None)
     store, share = Store(folder / "latents") if options.cache_latents_to_disk else None, jobs
     source = CachedLatents(identities, store)
     if store is not None:  # in memory every process encodes what it needs itself
@@ -183,7 +179,16 @@ def latent_source(
     return source
 
 
-def _latent_identities(
+def latent_jobs(dataset: Dataset) -> list[tuple[Item, bool]]:
+    """What is encoded: every item, and mirrored where flip_aug is on."""
+    return [
+        (item, flip)
+        for item in (*dataset.items, *dataset.validation)
+        for flip in ((False, True) if item.subset.flip_aug else (False,))
+    ]
+
+
+def latent_identities(
     jobs: list[tuple[Item, bool]], family: Family, options: Any, folder: Path | None
 ) -> dict[tuple[int, bool], str]:
     """Everything that decides what is cached for an item: encoders, file contents, preprocessing."""
@@ -335,20 +340,12 @@ def text_source(
     """What the options ask for. Captions that change at random cannot be cached and are refused by name."""
     if not options.cache_text_encoder_outputs:
         return LiveText(family, load_encoders, is_trained)
-    requests = dict.fromkeys(extra)
-    for item in (*dataset.items, *dataset.validation):
-        if changing := is_changing(item.subset):
-            raise ConfigError(
-                f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture "
-                "a new caption in every step; switch them off or do not cache text outputs"
-            )
-        captions = variants(item.caption, item.subset)
-        requests.update(dict.fromkeys(Request.of(family, caption, item_controls(item)) for caption in captions))
+    requests = text_requests(dataset, family, extra)
     source = CachedText()
     store, identities = None, {}
     if options.cache_text_encoder_outputs_to_disk:
         folder = cache_folder(options, dataset)
-        store, identities = Store(folder / "text"), _text_identities(requests, family, options, folder)
+        store, identities = Store(folder / "text"), text_identities(requests, family, options, folder)
         for request in requests:
             found = store.get(identities[request])
             if found is not None:
@@ -362,12 +359,26 @@ def text_source(
     return source
 
 
+def text_requests(dataset: Dataset, family: Family, extra: Iterable[Request] = ()) -> dict[Request, str]:
+    """What is encoded -> the file that it belongs to, "" for a prompt. Raises ConfigError for changing captions."""
+    requests = dict.fromkeys(extra, "")
+    for item in (*dataset.items, *dataset.validation):
+        if changing := is_changing(item.subset):
+            raise ConfigError(
+                f"--cache_text_encoder_outputs: {', '.join(changing)} of {item.subset.source} give a picture "
+                "a new caption in every step; switch them off or do not cache text outputs"
+            )
+        for caption in variants(item.caption, item.subset):
+            requests.setdefault(Request.of(family, caption, item_controls(item)), item.file)
+    return requests
+
+
 def item_controls(item: Item) -> tuple[Path, ...]:
     """The files of an item's control pictures."""
     return item.controls
 
 
-def _text_identities(requests: Iterable[Request], family: Family, options: Any, folder: Path) -> dict[Request, str]:
+def text_identities(requests: Iterable[Request], family: Family, options: Any, folder: Path) -> dict[Request, str]:
     """Everything that decides a text output: encoders, tokenizers, caption, the contents of its pictures."""
     hashes = ContentHashes(folder)
     files = [path_of(part, options) for part in family.text_encoders]

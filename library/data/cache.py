@@ -52,7 +52,7 @@ class Store:
         try:
             size = int.from_bytes(data[:8], "little")
             metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-            if metadata["identity"] == identity and metadata["checksum"] == _checksum(data[8 + size :]):
+            if metadata["identity"] == identity and metadata["checksum"] == checksum(data[8 + size :]):
                 return load(data)
         except (ValueError, KeyError, TypeError):
             pass
@@ -65,7 +65,7 @@ class Store:
 
         bare = save(tensors)
         start = 8 + int.from_bytes(bare[:8], "little")
-        data = save(tensors, {"identity": identity, "checksum": _checksum(bare[start:])})
+        data = save(tensors, {"identity": identity, "checksum": checksum(bare[start:])})
         path = self.path(identity)
         partial = path.with_name(f".{uuid.uuid4().hex}.partial")
         try:
@@ -79,7 +79,7 @@ class Store:
             ) from None
 
 
-def _checksum(data: bytes) -> str:
+def checksum(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
