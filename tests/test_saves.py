@@ -1,5 +1,6 @@
 """Saves that lose nothing: whole or not there, a full disk pauses, older ones go last; kill -9 at random moments."""
 
+import contextlib
 import errno
 import json
 import os
@@ -278,26 +279,24 @@ def test_weights_that_are_no_numbers_never_replace_a_file(toy, pictures, tmp_pat
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_too_small(toy, pictures, tmp_path):  # noqa: F811
-    """A 12 MB file system: the run pauses in the middle of a state and goes on when somebody makes room."""
+    """A file system of 80 MB that somebody fills: the run pauses, and goes on when there is room again."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]).returncode:
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(disk)]).returncode:
         pytest.skip("mounting needs root")
     try:
-        (disk / "ballast").write_bytes(bytes(11 * 1024**2))
-        extra = ("--max_train_steps", "6", "--save_every_n_steps", "1", "--save_state")
-        run = start(toy, pictures, disk, *extra)
-        wait_for(lambda: "PAUSED" in run.text(), 120)
-        assert run.process.poll() is None
+        run = start(toy, pictures, disk, "--max_train_steps", "12", "--save_every_n_steps", "1", "--save_state")
+        wait_for(lambda: "saved run-step" in run.text(), 120)
+        with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        wait_for(lambda: "PAUSED" in run.text(), 60)
+        assert run.process.poll() is None and "No space left" in run.text() or "are needed" in run.text()
         check_names(disk)
         (disk / "ballast").unlink()
-        wait_for(lambda: run.text().count("saved run-step"), 60)
-        while run.process.poll() is None:
-            for old in sorted(disk.glob("run-step*-state"))[:-1]:
-                shutil.rmtree(old)
-            time.sleep(0.05)
-        assert run.process.returncode == 0, run.text()[-2000:]
-        assert (disk / "run.safetensors").is_file()
+        assert run.process.wait(120) == 0, run.text()[-2000:]
+        assert "the run goes on" in run.text() and (disk / "run.safetensors").is_file()
+        check_names(disk)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -396,6 +395,6 @@ def test_kill_9_while_saving_loses_nothing(toy, pictures, tmp_path):  # noqa: F8
 
 @pytest.mark.slow
 def test_kill_9_at_200_random_moments_loses_nothing(toy, pictures, tmp_path):  # noqa: F811
-    facts = kills_lose_nothing(toy, pictures, tmp_path, kills=200, steps=2000, seed=1)
+    facts = kills_lose_nothing(toy, pictures, tmp_path, kills=200, steps=600, seed=1)
     print(json.dumps(facts))
     assert facts["kills"] == 200
