@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -170,21 +171,27 @@ class Adapter(nn.Module):
         """The product that the slices of one forward share, and with it their one dropout mask.
 
         It is shared only with a slice that has not used it yet and gets the same tensor object, unchanged, in the
-        same gradient mode; the last slice drops it, so nothing outlives the forward. Every forward draws afresh in
-        the same order, so a checkpointed block that runs again under torch's restored generator draws the same mask.
+        same gradient mode. The last slice drops it, or the end of the input does where some slices get another one
+        (HunyuanImage's linear1), so nothing outlives the forward. Every forward draws afresh in the same order, so a
+        checkpointed block that runs again under torch's restored generator draws the same mask.
         """
         version = 0 if x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), self.training)
         if self._shared is not None:
             kept, kept_key, left, result = self._shared
-            if kept is x and kept_key == key and index in left:
+            if kept() is x and kept_key == key and index in left:
                 left.discard(index)
                 if not left:
                     self._shared = None
                 return result
         result = self._compute(x)
-        self._shared = (x, key, set(range(len(self.bases))) - {index}, result)
+        kept = weakref.ref(x, self._dropped)
+        self._shared = (kept, key, set(range(len(self.bases))) - {index}, result)
         return result
+
+    def _dropped(self, reference: weakref.ref) -> None:
+        if self._shared is not None and self._shared[0] is reference:
+            self._shared = None
 
     def _compute(self, x: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         drop = self.dropout

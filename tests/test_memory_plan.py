@@ -57,6 +57,8 @@ CASES = {
     "lora": (),
     "checkpointing": ("--gradient_checkpointing",),
     "fp8": ("--gradient_checkpointing", "--fp8_scaled"),
+    "adamw8bit": ("--optimizer_type", "AdamW8bit"),
+    "adafactor": ("--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"),
     "bf16": ("--mixed_precision", "bf16", "--gradient_checkpointing"),
     "full": (),
     "full_checkpointing": ("--gradient_checkpointing",),

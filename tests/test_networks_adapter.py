@@ -261,3 +261,21 @@ def test_a_quantised_weight_refuses_a_merge_and_text_encoders_refuse_training():
         network.apply_to(None, model, True, True)
     with pytest.raises(ConfigError, match="attached already"):
         network.apply_to(None, model, False, True)
+
+
+def test_an_input_that_only_some_slices_get_does_not_outlive_the_forward():
+    """HunyuanImage's linear1: q, k and v are given one tensor, the mlp another."""
+    import gc
+    import weakref
+
+    model = tiny()
+    network = attached(model)
+    adapter = next(a for a in network.adapters.values() if len(a.bases) > 1)
+    x = torch.randn(2, 3, adapter.our_shape[1])
+    seen = weakref.ref(x)
+    with torch.no_grad():  # as in the first pass of a checkpointed block
+        adapter.bases[0](x)
+    assert adapter._shared is not None
+    del x
+    gc.collect()
+    assert seen() is None and adapter._shared is None

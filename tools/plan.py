@@ -18,34 +18,31 @@ from library.errors import ConfigError, run
 from library.option_kinds import Option
 
 OWN = {
-    option.name: option
-    for option in (
-        Option("resolution", "size", None, "size of the pictures, where no dataset is given"),
-        Option("frames", "int", 1, "frames of a clip, where no dataset is given", low=1),
-        Option("batch_size", "int", 1, "items of a batch, where no dataset is given", low=1),
-        Option("items", "int", 0, "pictures or clips that are cached, where no dataset is given", low=0),
-        Option("vram", "float", None, "GB of the device: name the cheapest settings that fit", low=0.1),
-        Option("json", "flag", False, "print JSON (docs/memory.md says what is in it)"),
-    )
+    "--resolution": Option("resolution", "size", None, "size of the pictures, where no dataset is given"),
+    "--frames": Option("frames", "int", 1, "frames of a clip, where no dataset is given", low=1),
+    "--batch_size": Option("batch_size", "int", 1, "items of a batch, where no dataset is given", low=1),
+    "--items": Option("items", "int", 0, "pictures or clips that are cached, where no dataset is given", low=0),
+    "--vram": Option("vram", "float", None, "GB of the device: name the cheapest settings that fit", low=0.1),
+    "--json": Option("json", "flag", False, "print JSON (docs/memory.md says what is in it)"),
 }
 
 
 def split(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """(this tool's own values, the words that are training options)."""
-    own = {name: option.default for name, option in OWN.items()}
+    own: dict[str, Any] = {option.name: option.default for option in OWN.values()}
     words: list[str] = []
     rest = list(argv)
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in OWN:
-            words.append(word)
-        elif OWN[name].kind == "flag":
-            own[name] = True
+        word, equals, value = rest.pop(0).partition("=")
+        option = OWN.get(word)
+        if option is None:
+            words.append(word + equals + value)
+        elif option.kind == "flag":
+            own[option.name] = True
         else:
             if not equals and not rest:
-                raise ConfigError(f"--{name} needs a value ({OWN[name].help})")
-            own[name] = OWN[name].read(value if equals else rest.pop(0), "command line")
+                raise ConfigError(f"{word} needs a value ({option.help})")
+            own[option.name] = option.read(value if equals else rest.pop(0), "command line")
     return own, words
 
 
@@ -68,7 +65,7 @@ def work_of(own: dict[str, Any], options: Any, family: Any) -> Any:
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
-        print("\n".join(f"  --{name:12} {option.help}" for name, option in OWN.items()))
+        print("\n".join(f"  {word:14} {option.help}" for word, option in OWN.items()))
         return
     own, words = split(sys.argv[1:])
     if "--output_dir" not in words:

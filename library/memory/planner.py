@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,11 +203,12 @@ class Planner:
             del samples
             count = sum(p.numel() for p in parameters)
             gradients = sum(p.numel() * p.element_size() for p in parameters)
-            states = self._states(parameters)
+            sizes, number_format = [tuple(p.shape) for p in parameters], parameters[0].dtype
             counts, units = swap_plan.counts_of(model, family), swap_plan.units_of(model, family)
             blocks = {
                 name: [_bytes_of(block) for block in model.get_submodule(name)] for name in counts
             }  # bytes of every block
+        states = self._states(sizes, number_format)
         fused = getattr(options, "fused_backward_pass", False)
         peak = tracker.peak + states - (gradients if fused else 0)
         device = Account(peak, {
@@ -271,14 +273,14 @@ class Planner:
             _move("weights", sum(held) - ring, device, host)
             host.parts["weights"], host.peak = sum(held), host.peak + ring
 
-    def _states(self, parameters: list[torch.Tensor]) -> int:
+    def _states(self, sizes: list[tuple[int, ...]], number_format: torch.dtype) -> int:
         """Bytes of the optimizer's states, from one real step of it on a small parameter of the same format."""
-        dtype = torch.float32 if getattr(self.options, "stochastic_rounding", False) else parameters[0].dtype
+        dtype = torch.float32 if getattr(self.options, "stochastic_rounding", False) else number_format
         arguments = tuple(self.options.optimizer_args or ())
         per_value, is_factored = state_bytes(self.options.optimizer_type, arguments, dtype)
         if not is_factored:
-            return int(sum(p.numel() for p in parameters) * per_value)
-        return sum(4 * (sum(p.shape[:2]) if p.ndim > 1 else p.numel()) for p in parameters)
+            return int(sum(math.prod(size) for size in sizes) * per_value)
+        return sum(4 * (sum(size[:2]) if len(size) > 1 else math.prod(size)) for size in sizes)
 
     def sampling(self, shape: tuple[int, ...], cond: Cond, weights: int) -> Account:
         """One step with guidance (two items), then decoding; the denoiser makes room for the VAE."""
