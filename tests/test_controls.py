@@ -113,7 +113,7 @@ def test_incomplete_and_double_controls_are_named(tmp_path, targets, names, matc
 def test_a_damaged_control_and_a_missing_folder_are_named(tmp_path, targets):
     made(tmp_path / "one", "a.png", "b.png", "c.png")
     (tmp_path / "one" / "b.png").write_bytes(b"\x89PNG is not enough")
-    with pytest.raises(DatasetError, match=r"control pictures cannot be used: .*b\.png"):
+    with pytest.raises(DatasetError, match=r"b\.png: its control picture .*b\.png: its header cannot be read"):
         prepared(tmp_path, targets, "control_directory = 'one'\n")
     with pytest.raises(DatasetError, match="control_directory elsewhere: no such folder"):
         prepared(tmp_path, targets, "control_directory = 'elsewhere'\n")

@@ -349,3 +349,26 @@ def test_a_random_crop_stays_inside_the_resized_picture():
         moved = images.moved(placement, random.Random(seed))
         assert 0 <= moved.left <= moved.resized[0] - 64 and 0 <= moved.top <= moved.resized[1] - 64
     assert replace(moved, left=placement.left, top=placement.top) == placement
+
+
+def test_every_fault_is_named_at_once_and_skip_bad_goes_on_without_them(folder, tmp_path):
+    path = dataset_file(tmp_path, folder)
+    (folder / "0.txt").write_bytes(b"caf\xe9")
+    (folder / "1.txt").unlink()
+    (folder / "2.txt").write_text(" \n", encoding="utf-8")
+    (folder / "3.png").write_bytes(b"\x89PNG not a picture at all, really")
+    with pytest.raises(DatasetError) as error:
+        prepare(options(dataset_config=path), None, 16)
+    said = str(error.value)
+    assert said.startswith("4 pictures cannot be used: ") and said.endswith("go on without them with --skip_bad")
+    assert all(f"{k}.png: " in said for k in range(4)) and "4.png" not in said
+    data = prepare(options(dataset_config=path, skip_bad=True), None, 16)
+    r = data.report
+    assert [item.path.name for item in data.items] == ["4.png", "5.png"]
+    assert r.found == 6 == r.trained + r.held_out + sum(r.dropped.values()) and r.dropped == {"cannot be used": 4}
+    assert all(f"left out {folder / f'{k}.png'}: " in data.print_table() for k in range(4))
+    known = {str(folder / "4.png"): "it cannot be decoded"}
+    data = prepare(options(dataset_config=path), None, 16, bad=known, collect=True)
+    assert [Path(fault.file).name for fault in data.report.faults] == ["0.png", "3.png", "4.png", "1.png", "2.png"]
+    with pytest.raises(DatasetError, match="nothing to train on"):
+        prepare(options(dataset_config=path, skip_bad=True), None, 16, bad=known | {str(folder / "5.png"): "no"})

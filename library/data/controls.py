@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data import buckets, scan
-from library.data.items import names
+from library.data.items import Fault, names
 from library.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from library.data.buckets import Placement, Size
     from library.data.cache import ContentHashes
     from library.data.config import SubsetSpec
-    from library.data.items import Item
+    from library.data.items import Item, Report
 
+RULE = "a control has the name of its picture, or that name with _0, _1, ..., in any picture format"
 NUMBERED = re.compile(r"(.+)_(\d+)$")
-NAMED = 20  # missing pairs in one message
 
 
 class _Folder:
@@ -74,37 +74,44 @@ class _Folder:
         return chosen
 
 
-def attach(rows: list[scan.Found], subset: SubsetSpec, index_of: Callable[[Path], Path | None]) -> list[str]:
-    """Give every row the controls of the subset's folders; returns notes. Rows that name their own keep them.
+def attach(rows: list[scan.Found], subset: SubsetSpec, index_of: Callable[[Path], Path | None], report: Report) -> None:
+    """Give every row the controls of the subset's folders. Rows that name their own keep them.
 
-    Raises DatasetError naming the pictures without a control, and the controls that fit two pictures.
+    Faults: pictures without a control, gaps in numbers, a control that fits two pictures. Raises DatasetError for a
+    folder that is not there or holds a control twice.
     """
     open_rows = [row for row in rows if not row.controls]
     stems = {Path(row.path).stem for row in rows}
-    notes, chosen = [], {id(row): [] for row in open_rows}
+    chosen = {id(row): [] for row in open_rows}
     for path in map(Path, subset.control_directory):
-        folder, missing = _Folder(path, index_of(path)), []
+        folder = _Folder(path, index_of(path))
         for row in open_rows:
-            own = folder.of(row.path, stems)
+            try:
+                own = folder.of(row.path, stems)
+            except DatasetError as error:
+                _fault(report, row, str(error))
+                continue
             chosen[id(row)] += own
             if not own:
-                missing.append(Path(row.path).name)
-        if missing:
-            raise DatasetError(
-                f"{len(missing)} pictures have no control picture in {path}: {names(missing, NAMED)}; "
-                "a control has the name of its picture, or that name with _0, _1, ... (any picture format)"
-            )
+                _fault(report, row, f"it has no control picture in {path}", f"have no control picture in {path}", RULE)
         if lone := sorted(Path(f.path).name for f in folder.exact.values() if f.path not in folder.used):
-            notes.append(f"{path}: {len(lone)} control pictures belong to no picture ({names(lone, 3)})")
+            report.notes.append(f"{path}: {len(lone)} control pictures belong to no picture ({names(lone, 3)})")
     for row in open_rows:
         row.controls = tuple(chosen[id(row)])
-    return notes
 
 
-def check(rows: list[scan.Found]) -> None:
-    """Raise DatasetError naming the control pictures whose header cannot be read."""
-    if faults := scan.problems(control for row in rows for control in row.controls):
-        raise DatasetError(f"{len(faults)} control pictures cannot be used: {'; '.join(faults[:5])}; repair them")
+def _fault(report: Report, row: scan.Found, reason: str, *shared: str) -> None:
+    if not row.problem:
+        row.problem = reason
+        report.faults.append(Fault(row.path, "picture", reason, *shared))
+
+
+def check(rows: list[scan.Found], report: Report) -> None:
+    """A control picture that cannot be read is a fault of its picture."""
+    for row in rows:
+        for control in row.controls:
+            if problem := control.problem or report.bad.get(control.path, ""):
+                _fault(report, row, f"its control picture {control.path}: {problem}")
 
 
 def placement(

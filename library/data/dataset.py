@@ -10,7 +10,7 @@ import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from library.data import buckets, clips, controls
 from library.data.buckets import Placement
 from library.data.captions import has_tags
 from library.data.config import DatasetSpec, load_dataset_config
-from library.data.items import Item, Report, names
+from library.data.items import Item, Report, names, sentence
 from library.data.sources import items_of, read_subset
 from library.data.video_table import video_table
 from library.errors import ConfigError, DatasetError
@@ -136,13 +136,17 @@ class Dataset:
         return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
-def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
+def prepare(
+    options: Any, family: Any, pixel_multiple: int, *, bad: Mapping[str, str] | None = None, collect: bool = False
+) -> Dataset:
     """Scan, check, split and place. Raises ConfigError for the description and DatasetError for the files.
 
-    Without a family nothing is refused that only some models take, except videos.
+    Files that cannot be used are an error, with --skip_bad they are left out; with `collect` they only are
+    `report.faults`. `bad` are more of them, file -> reason. Without a family nothing is refused that only some models
+    take, except videos.
     """
     specs = load_dataset_config(options)
-    report, trained, held_out = Report(), [], []
+    report, trained, held_out = Report(bad=bad or {}), [], []
     rule = None if family is None else family.frames
     seen: set[tuple] = set()
     for number, spec in enumerate(specs):
@@ -151,7 +155,6 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
         for subset in spec.subsets:
             key = (number, subset.source, subset.conditioning_data_dir, subset.control_directory, subset.frame_keys)
             rows = read_subset(subset, options, report)
-            report.found += len(rows)
             if key in seen or subset.num_repeats < 1:
                 report.drop(
                     f"{subset.source} is there twice" if key in seen else f"num_repeats {subset.num_repeats}", len(rows)
@@ -176,12 +179,25 @@ def prepare(options: Any, family: Any, pixel_multiple: int) -> Dataset:
     for k, item in enumerate(held_out):
         item.index, item.repeats = len(trained) + k, 1
     report.trained, report.held_out = len(rows_of(trained)), len(rows_of(held_out))
+    _settle_faults(report, bool(options.skip_bad), collect)
     if not trained:
         raise DatasetError(
             f"there is nothing to train on: found {report.found} files, held out {report.held_out}, "
             f"dropped {report.dropped or 'none'}; look at the paths in the dataset description"
         )
     return Dataset(specs, trained, held_out, report, options.seed, rule)
+
+
+def _settle_faults(report: Report, skip: bool, collect: bool) -> None:
+    """Raise DatasetError, or count and name the files that are left out."""
+    if not report.faults:
+        return
+    if not skip and not collect:
+        raise DatasetError(
+            f"{sentence(report.faults)}; repair them, take them out, or go on without them with --skip_bad"
+        )
+    report.drop("cannot be used", len(report.faults))
+    report.notes += [f"left out {fault.file}: {fault.reason}" for fault in report.faults if skip]
 
 
 def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from library.data.config import SubsetSpec
     from library.data.videos import Video
 
-SHOWN = 5  # file names in one message
+SHOWN, NAMED = 5, 20  # file names in one message: with what is wrong, without
 BLANK = Placement((0, 0), (0, 0), 0, 0)  # before an item is placed
 
 
@@ -64,6 +65,17 @@ class Account:
     cut: Cut
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A file that cannot be trained on, and why."""
+
+    file: str
+    what: str  # "picture", "video": what it is
+    reason: str  # "its caption 1.txt is empty"
+    shared: str = ""  # where many files have the same fault: "have no control picture in before"
+    hint: str = ""  # what to do about a shared one
+
+
 @dataclass
 class Report:
     """In files: a video counts once, however many clips it gives."""
@@ -74,10 +86,30 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> files
     notes: list[str] = field(default_factory=list)
     videos: list[Account] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)  # one for each file that cannot be used
+    bad: Mapping[str, str] = field(default_factory=dict)  # file -> reason, of files whose header is good
 
     def drop(self, reason: str, count: int) -> None:
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+def sentence(faults: Iterable[Fault]) -> str:
+    """All faults in one sentence; the first of each kind by name."""
+    faults = list(dict.fromkeys(faults))  # a file may belong to several datasets
+    single, shared = [f for f in faults if not f.shared], [f for f in faults if f.shared]
+    parts = []
+    if single:
+        kinds = {f.what for f in single}
+        more = f"; and {len(single) - SHOWN} more" if len(single) > SHOWN else ""
+        what = f"{kinds.pop()}s" if len(kinds) == 1 else "files"
+        shown = "; ".join(f"{f.file}: {f.reason}" for f in single[:SHOWN])
+        parts.append(f"{len(single)} {what} cannot be used: {shown}{more}")
+    for text in dict.fromkeys(f.shared for f in shared):
+        own = [f for f in shared if f.shared == text]
+        hint = own[0].hint and f" ({own[0].hint})"
+        parts.append(f"{len(own)} {own[0].what}s {text}: {names([Path(f.file).name for f in own], NAMED)}{hint}")
+    return "; ".join(parts)
 
 
 def names(paths: list[str], shown: int = SHOWN) -> str:

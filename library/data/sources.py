@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.data import clips, controls, scan
 from library.data.config import SubsetSpec
-from library.data.items import BLANK, SHOWN, Account, Item, Report
+from library.data.items import BLANK, Account, Fault, Item, Report
 from library.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:
@@ -26,25 +26,30 @@ def index_folder(folder: Path, options: Any) -> Path:
 
 
 def read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.Found]:
-    """The pictures and videos of a subset with captions and controls. Raises DatasetError for what cannot be used."""
+    """The pictures and videos of a subset with captions and controls; all files of it are counted as found.
+
+    Files that cannot be used are faults of the report. Raises DatasetError for a folder that holds nothing.
+    """
     if subset.metadata_file:
         from library.data.metadata_file import read_metadata
 
-        rows, what = read_metadata(subset, index_folder(subset.folder, options)), "files"
+        rows, what = read_metadata(subset, index_folder(subset.folder, options)), "file"
     elif subset.video_directory:
         from library.data import scan_videos
 
-        rows, what = _read_folder("video", scan.VIDEOS, scan_videos.scan_folder, subset, options, report), "videos"
+        rows, what = _read_folder("video", scan.VIDEOS, scan_videos.scan_folder, subset, options, report), "video"
     else:
-        rows, what = _read_folder("picture", scan.EXTENSIONS, scan.scan_folder, subset, options, report), "pictures"
-    if faults := scan.problems(rows):
-        raise DatasetError(
-            f"{len(faults)} {what} cannot be used: {'; '.join(faults[:SHOWN])}; repair them or take them out"
-        )
+        rows, what = _read_folder("picture", scan.EXTENSIONS, scan.scan_folder, subset, options, report), "picture"
+    report.found += len(rows)
+    for row in rows:
+        row.problem = row.problem or report.bad.get(row.path, "")
+        if row.problem:
+            report.faults.append(Fault(row.path, what, row.problem))
+    rows = [row for row in rows if not row.problem]
     if subset.control_directory:
-        report.notes += controls.attach(rows, subset, lambda folder: index_folder(folder, options))
-    controls.check(rows)
-    return rows
+        controls.attach(rows, subset, lambda folder: index_folder(folder, options), report)
+    controls.check(rows, report)
+    return [row for row in rows if not row.problem]
 
 
 def _read_folder(
@@ -66,24 +71,34 @@ def items_of(
 ) -> list[Item]:
     """The item of one picture, or one for every clip of a video, not yet placed; `number` is the row's own.
 
-    Raises DatasetError for a missing caption or mask and for a video that gives no times.
+    None for one without caption or mask and for a video that gives no times: faults of the report.
     """
+
+    def fault(reason: str) -> list[Item]:
+        report.faults.append(Fault(row.path, "picture" if row.video is None else "video", reason))
+        return []
+
     caption = row.caption or subset.class_tokens
     if caption is None:
-        what = "is empty" if row.caption is not None else "is missing"
-        raise DatasetError(
-            f"{row.path}: its caption ({Path(row.path).stem}{subset.caption_extension}) {what}; "
-            "write one, or give the subset class_tokens as the caption of all"
-        )
+        state = "is empty" if row.caption is not None else "is missing"
+        file = f"{Path(row.path).stem}{subset.caption_extension}"
+        return fault(f"its caption ({file}) {state} (write one, or give the subset class_tokens as the caption of all)")
     weight = options.prior_loss_weight if subset.is_reg else 1.0
     item = Item(
         0, row.path, caption, row.size, row.stat, subset, dataset, BLANK, subset.num_repeats, subset.is_reg, weight
     )
     item.row, item.frames = number, 1 if rule else 0
     if row.video is not None:
-        return _clips_of(item, row, subset, rule, report)
+        try:
+            return _clips_of(item, row, subset, rule, report)
+        except ValueError as error:
+            return fault(str(error))
     if subset.conditioning_data_dir:
         item.mask_path = _mask_of(Path(row.path), subset)
+        if item.mask_path is None:
+            return fault(f"there is no mask {Path(row.path).stem}.* in {subset.conditioning_data_dir}")
+        if problem := report.bad.get(str(item.mask_path)):
+            return fault(f"its mask {item.mask_path}: {problem}")
     if row.controls:
         if moving := subset.moving:
             raise ConfigError(
@@ -101,10 +116,7 @@ def _clips_of(item: Item, row: scan.Found, subset: SubsetSpec, rule: FrameRule |
         raise ConfigError(f"{subset.source}: {name} is a video, and this model makes pictures; take it out")
     if subset.conditioning_data_dir or subset.alpha_mask:
         raise ConfigError(f"{subset.source}: masks belong to pictures, and {name} is a video; give it its own subset")
-    try:
-        cut = clips.cut(video, subset, rule)
-    except ValueError as error:
-        raise DatasetError(f"{row.path}: {error}") from None
+    cut = clips.cut(video, subset, rule)
     report.videos.append(Account(item.row, item.dataset, video, cut))
     report.drop("videos that are shorter than every clip that was asked for", not cut.windows)
     return [
@@ -113,9 +125,6 @@ def _clips_of(item: Item, row: scan.Found, subset: SubsetSpec, rule: FrameRule |
     ]
 
 
-def _mask_of(path: Path, subset: SubsetSpec) -> Path:
+def _mask_of(path: Path, subset: SubsetSpec) -> Path | None:
     folder = Path(subset.conditioning_data_dir or "")
-    mask = next((p for e in sorted(scan.EXTENSIONS) if (p := folder / (path.stem + e)).is_file()), None)
-    if mask is None:
-        raise DatasetError(f"{path}: there is no mask {path.stem}.* in {folder}")
-    return mask
+    return next((p for e in sorted(scan.EXTENSIONS) if (p := folder / (path.stem + e)).is_file()), None)
