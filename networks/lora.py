@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ ARGS = {
     "conv_alpha": "their alpha; default: their rank",
     "exclude_patterns": "regexes of original module names (whole name) that get no adapter",
     "include_patterns": "regexes of original module names (whole name) that get one in any case",
+    "split_qkv": "adapters of their own for q, k, v, .. where an original module holds several",
     "verbose": "print every module with its rank",
     "dropout": "as --network_dropout, which is how sd-scripts hands it to third-party modules",
 }
@@ -117,6 +119,7 @@ class Settings:
     exclude: Sequence[re.Pattern]
     include: Sequence[re.Pattern]
     is_verbose: bool
+    is_split: bool  # adapters of their own for what an original module holds
 
 
 def parse_args(kwargs: Mapping[str, Any], neuron_dropout: float | None = None) -> Settings:
@@ -143,6 +146,7 @@ def parse_args(kwargs: Mapping[str, Any], neuron_dropout: float | None = None) -
         exclude=_patterns("exclude_patterns", kwargs.get("exclude_patterns")),
         include=_patterns("include_patterns", kwargs.get("include_patterns")),
         is_verbose=_flag("verbose", kwargs.get("verbose")),
+        is_split=_flag("split_qkv", kwargs.get("split_qkv")),
     )
 
 
@@ -191,16 +195,20 @@ def _regex_values(name: str, text: str | None, whole: bool = False) -> list[tupl
 
 def _patterns(name: str, text: str | None) -> list[re.Pattern]:
     """A Python list of strings, or regexes separated by commas."""
+    return [_compile(name, item) for item in pattern_texts(text, name)]
+
+
+def pattern_texts(text: str | None, name: str = "patterns") -> list[str]:
     text = (text or "").strip()
     if not text.startswith("["):
-        return [_compile(name, part.strip()) for part in text.split(",") if part.strip()]
+        return [part.strip() for part in text.split(",") if part.strip()]
     try:
         items = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         items = None
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ConfigError(f"network_args: {name}={text} is not a Python list of strings")
-    return [_compile(name, item) for item in items]
+    return items
 
 
 def spellings(name: str) -> tuple[str, str]:
@@ -286,6 +294,17 @@ def models_of(unet: nn.Module, text_encoder: Any) -> list[nn.Module]:
     return [unet, *(model for model in given if getattr(getattr(model, "binding", None), "lora_key", ""))]
 
 
+def _adapter(target: Target, rank: int, alpha: float, settings: Settings, content: Any = None) -> LoRA:
+    """One adapter; with a file's content, of the rank that this needs."""
+    from networks.split import SplitLoRA, is_split, rank_of
+
+    if not settings.is_split or not is_split(target):
+        return LoRA(target, rank, alpha, settings.dropout)
+    if content:
+        rank, alpha = rank_of(target, content), alpha / rank * rank_of(target, content)
+    return SplitLoRA(target, rank, alpha, settings.dropout)
+
+
 def _build(adapters: list[LoRA], spaces: Sequence[Space], settings: Settings, multiplier: float) -> AdapterNetwork:
     network = AdapterNetwork(adapters, spaces, multiplier=multiplier)
     rates = {name: last_match(name, settings.reg_lrs) for name in network.adapters}
@@ -295,6 +314,22 @@ def _build(adapters: list[LoRA], spaces: Sequence[Space], settings: Settings, mu
         for name, adapter in network.adapters.items():
             print(f"  {name}: rank {adapter.rank}, alpha {adapter.rank * adapter.scale:g}")
     return network
+
+
+def _check_split(settings: Settings, adapters: Sequence[LoRA]) -> None:
+    if settings.is_split and all(len(adapter.bases) == 1 for adapter in adapters):
+        raise ConfigError("network_args: split_qkv=True has no effect: no adapted module holds several of ours")
+
+
+def _was_split(file: Any) -> bool:
+    """Whether `ss_network_args` of a LoRA file record split_qkv."""
+    from networks.formats import header_of
+
+    try:
+        recorded = json.loads(header_of(file)[1].get("ss_network_args") or "{}")
+        return isinstance(recorded, dict) and _flag("split_qkv", recorded.get("split_qkv"))
+    except (ValueError, ConfigError):
+        return False  # another program's metadata
 
 
 def create_network(
@@ -318,9 +353,10 @@ def create_network(
         own = last_match(name, settings.reg_dims)
         rank = rank if own is None else int(own)
         if rank:
-            adapters.append(LoRA(target, rank, alpha or rank, settings.dropout))
+            adapters.append(_adapter(target, rank, alpha or rank, settings))
     if not adapters:
         raise ConfigError("network_args: network_reg_dims gives every module rank 0")
+    _check_split(settings, adapters)
     return _build(adapters, spaces, settings, multiplier)
 
 
@@ -334,9 +370,14 @@ def create_network_from_weights(
     for_inference: bool = False,
     **kwargs: Any,
 ) -> tuple[AdapterNetwork, Mapping[str, Tensor]]:
-    """A network with a file's modules, ranks and alphas, and the file's tensors; `load_weights` loads its values."""
+    """A network with a file's modules, ranks and alphas, and the file's tensors; `load_weights` loads its values.
+
+    A file that was trained with `split_qkv` says so in its header and stays split.
+    """
     from networks import formats
 
+    if not for_inference and file and _was_split(file):
+        kwargs.setdefault("split_qkv", True)
     settings, models = parse_args(kwargs), models_of(unet, text_encoder)
     spaces = [space_of(model) for model in models]
     tensors = formats.load_file(file) if weights_sd is None else weights_sd
@@ -351,7 +392,8 @@ def create_network_from_weights(
         raise ConfigError(f"{file}: {strange[0]} is not a layer that can take a LoRA")
     _refuse_idle(settings, {name: targets[name] for name in modules}, targets)
     contents = modules.items()
-    adapters = [LoRA(targets[n], c["down"].shape[0], c["alpha"], settings.dropout) for n, c in contents]
+    adapters = [_adapter(targets[n], c["down"].shape[0], c["alpha"], settings, c) for n, c in contents]
+    _check_split(settings, adapters)
     return _build(adapters, spaces, settings, multiplier), tensors
 
 

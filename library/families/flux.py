@@ -249,7 +249,9 @@ FLUX = Family(
     latent_channels=16,
     latent_downscale=8,
     # The advice of musubi-tuner and, at 1024 pixels where shift 3.1582 is the same, of sd-scripts; diffusion-pipe's.
-    defaults={"timestep_sampling": "flux_shift"},
+    # sd-scripts' names, which ComfyUI takes; no text encoder is trained unless --text_encoder_lr says so.
+    text_prefixes=("lora_te1", "lora_te3"),
+    defaults={"text_encoder_lr": [0.0, 0.0], "timestep_sampling": "flux_shift"},
     options=(
         Option("guidance_scale", "float", 1.0, "guidance that the model is given in training", low=0),  # the same three
         *OPTIONS,
