@@ -51,9 +51,10 @@ def trainer_round(trainer, number: int) -> float:
     for done, step in enumerate(trainer.loader(trainer.position.step)):
         trainer.outputs.step_begins()
         losses = [trainer._micro_step(batch, step.number, k) for k, batch in enumerate(step.batches)]
-        norm = trainer._update()
+        trainer.outputs.after_backward()
+        loss, norm = trainer._update(step, losses)
         trainer.position.step += 1
-        trainer.outputs.after_step(losses, norm, last=False)
+        trainer.outputs.after_step(loss, norm, trainer.agreement.granted, last=False)
         if done + 1 == STEPS:
             break
     return (time.perf_counter() - start) / STEPS
@@ -69,12 +70,14 @@ def main() -> None:
     import torch
 
     from library import flow, options
+    from library.stops import Stops
     from train_network import NetworkTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         argv = prepare(Path(folder), arguments.width, arguments.layers, arguments.size)
         trainer = NetworkTrainer(options.parse("z_image", argv, "benchmark"))
         trainer.setup()
+        trainer.stops = Stops(trainer.plan.output_dir)
         trainer.outputs.before_training()
         steps = [s for _, s in zip(range(STEPS), trainer.loader(0), strict=False)]
         batches = []
