@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2 as a whole: texts and videos against diffusers' pipelines, first frames, which file is which model."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -378,6 +379,77 @@ def test_files_and_options_of_another_model_are_one_sentence(toy, clips, tmp_pat
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def official_folder(toy, folder):
+    """As Wan's own repositories: shards with an index, .pth files, UMT5 in Wan's names, its tokenizer by hub id."""
+    from library.components.t5 import umt5
+
+    parts = checkpoints.Checkpoint.open(toy / "denoiser.safetensors")
+    with parts.reader() as reader:
+        tensors = {key: reader.tensor(key).clone() for key in parts.files}
+    halves = list(tensors)[: len(tensors) // 2], list(tensors)[len(tensors) // 2 :]
+    names = [f"diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    folder.mkdir()
+    for name, keys in zip(names, halves, strict=True):
+        save_file({key: tensors[key] for key in keys}, folder / name, parts.metadata)
+    index = {key: name for name, keys in zip(names, halves, strict=True) for key in keys}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": 256}))
+    encoder = checkpoints.load_part(umt5(), toy / "t5.safetensors", dtype=torch.float32)
+    layout = checkpoints.layout_of(umt5(), "wan", {k: tuple(v.shape) for k, v in encoder.state_dict().items()})
+    weights = encoder.state_dict()
+    torch.save({e.theirs: weights[e.ours[0]].clone() for e in layout.entries}, folder / "models_t5_umt5.pth")
+    vae = checkpoints.Checkpoint.open(toy / "vae.safetensors")
+    with vae.reader() as reader:
+        torch.save({key: reader.tensor(key) for key in vae.files}, folder / "Wan2.1_VAE.pth")
+    shutil.copytree(toy / "tokenizer", folder / "google" / "umt5-xxl")
+    return folder
+
+
+def fp8_scaled(source, target):
+    """A file whose Linear weights are fp8 with a scale each, as ComfyUI's repacks; and one with the same values."""
+    part = checkpoints.Checkpoint.open(source)
+    stored, plain = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    with part.reader() as reader:
+        for key in part.files:
+            value = plain[key] = stored[key] = reader.tensor(key).clone()
+            if value.ndim == 2 and key.endswith(".weight") and value.is_floating_point():
+                scale = value.abs().max() / 448
+                stored[key] = (value / scale).to(torch.float8_e4m3fn)
+                stored[key.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
+                plain[key] = stored[key].float() * scale
+    save_file(stored, target, part.metadata)
+    save_file(plain, target.with_name(f"plain_{target.name}"), part.metadata)
+    return target
+
+
+def drawn(words):
+    options = parser_of(FAMILY).parse_args([*words, "--device", "cpu", "--save_path", "x.mp4"])
+    studio = Studio(FAMILY.resolved(options), options)
+    cond = studio.conditions(parse_line("a red cat", "x"))[0]
+    noisy = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return FAMILY.predict(studio.denoiser, noisy, torch.tensor([0.5]), [cond])
+
+
+def test_the_models_own_folder_gives_what_comfyuis_files_give(toy, tmp_path):
+    folder = official_folder(toy, tmp_path / "Wan2.1-T2V-1.3B")
+    words = ["--dit", str(folder), "--vae", str(folder / "Wan2.1_VAE.pth"), "--t5", str(folder / "models_t5_umt5.pth")]
+    theirs = drawn(words_of(toy, "t2v")[:-2])
+    assert torch.equal(drawn(words), theirs)
+
+
+def test_fp8_scaled_files_are_read_with_their_scales(toy, tmp_path):
+    files = {
+        name: fp8_scaled(toy / f"{name}.safetensors", tmp_path / f"{name}.safetensors") for name in ("denoiser", "t5")
+    }
+    rest = ["--vae", str(toy / "vae.safetensors"), "--tokenizer", str(toy / "tokenizer")]
+    ours = drawn(["--dit", str(files["denoiser"]), "--t5", str(files["t5"]), *rest])
+    plain = {name: str(path.with_name(f"plain_{path.name}")) for name, path in files.items()}
+    assert relative(ours, drawn(["--dit", plain["denoiser"], "--t5", plain["t5"], *rest])) < 1e-5
+    held = drawn(["--dit", str(files["denoiser"]), "--t5", str(files["t5"]), "--fp8_scaled", *rest])
+    assert relative(held, ours) < 1e-5
+
+
 def test_a_folder_with_both_experts_is_refused_with_the_two_names(toy, tmp_path):
     for name in ("transformer", "transformer_2"):
         (tmp_path / name).mkdir()
@@ -386,12 +458,13 @@ def test_a_folder_with_both_experts_is_refused_with_the_two_names(toy, tmp_path)
         FAMILY.resolved(parser_of(FAMILY).parse_args(["--dit", str(tmp_path), "--save_path", "x"]))
 
 
-def test_diffusers_pipeline_takes_the_lora(toy, clips, studios, tmp_path):
+@pytest.mark.parametrize("save_format", ["diffusers", "comfy"])
+def test_diffusers_pipeline_takes_the_lora(studios, save_format, tmp_path):
     from networks import lora
 
     studio = studios("t2v")
     network = lora.create_network(1.0, 4, 4, None, [], studio.denoiser)
-    network.save_format = "diffusers"
+    network.save_format = save_format
     for k, parameter in enumerate(network.parameters()):
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)) * 0.1
     network.save_weights(tmp_path / "lora.safetensors", torch.float32, {})
