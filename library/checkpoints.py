@@ -154,12 +154,17 @@ def _json_of(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def pipeline_class(path: Path | str) -> str:
-    """The class that a diffusers folder's model_index.json names, also of the folder around one of its parts; or ""."""
+def pipeline_facts(path: Path | str) -> dict[str, Any]:
+    """What a diffusers folder's model_index.json says, also of the folder around one of its parts; {} of a file."""
     for folder in (Path(path), Path(path).parent):
         if Path(path).is_dir() and (folder / "model_index.json").is_file():
-            return str(_json_of(folder / "model_index.json").get("_class_name", ""))
-    return ""
+            return _json_of(folder / "model_index.json")
+    return {}
+
+
+def pipeline_class(path: Path | str) -> str:
+    """The class of a diffusers folder's pipeline; or ""."""
+    return str(pipeline_facts(path).get("_class_name", ""))
 
 
 def _files_of(folder: Path) -> list[Path]:

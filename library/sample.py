@@ -123,7 +123,7 @@ def _control(path: str, area: tuple[int, int], family: Family) -> Tensor:
     pixels = images.decode(path)[0]
     size = (pixels.shape[1], pixels.shape[0])
     if family.control_size:
-        placement = buckets.stretched(family.control_size(size))
+        placement = buckets.published(family.control_size(size))
     else:
         placement = buckets.of_area(size, area, family.pixel_multiple)
     return to_tensor(images.place(pixels, placement, "lanczos"))  # as diffusers' pipelines resize
@@ -133,7 +133,9 @@ def shift_of(prompt: Prompt, family: Family, shape: tuple[int, ...], run_shift: 
     """The flow shift for latents of `shape` [C,h,w]: the prompt's, the family's, else the run's."""
     if prompt.flow_shift is not None:
         return prompt.flow_shift
-    return family.sampling_shift(image_tokens(family, shape)) if family.sampling_shift else run_shift
+    if family.sampling_shift:
+        return family.sampling_shift(image_tokens(family, shape), prompt.sample_steps)
+    return run_shift
 
 
 @torch.no_grad()

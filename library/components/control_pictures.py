@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from library.data.buckets import Placement, cropped
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -15,6 +17,14 @@ def of_area(size: Size, area: int, unit: int = 32) -> Size:
     """(width, height) of about `area` pixels in the proportions of `size`, each rounded to a multiple of `unit`."""
     width = math.sqrt(area * size[0] / size[1])
     return tuple(max(unit, round(side / unit) * unit) for side in (width, width * size[1] / size[0]))
+
+
+def capped(size: Size, area: int, unit: int) -> Placement:
+    """In the picture's own proportions, made smaller if it has more pixels than `area`; then its sides are cut in the
+    middle to multiples of `unit`. Black Forest Labs' rule for Flux 2."""
+    scale = min(1.0, math.sqrt(area / (size[0] * size[1])))
+    resized = (int(size[0] * scale), int(size[1] * scale)) if scale < 1 else size
+    return cropped(resized, unit)
 
 
 def lanczos(picture: Tensor, size: Size) -> Tensor:

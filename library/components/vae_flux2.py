@@ -58,6 +58,7 @@ def part(title: str = "a Flux 2 VAE") -> Part:
         build=build,
         prefixes=("", "first_stage_model.", "vae."),
         diffusers_folder="vae",
+        stated=(vae_ldm.GROUPS_KEY,),
     )
 
 

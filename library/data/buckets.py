@@ -99,6 +99,11 @@ def stretched(size: Size) -> Placement:
     return Placement(size, size, 0, 0)
 
 
+def published(given: Size | Placement) -> Placement:
+    """What a family says of a control: the size that the whole of it is stretched to, or the placement itself."""
+    return given if isinstance(given, Placement) else stretched(given)
+
+
 def of_area(size: Size, resolution: Size, unit: int) -> Placement:
     """In the picture's own proportions, with the area of `resolution`: musubi-tuner's rule for control pictures.
 

@@ -115,7 +115,7 @@ def check(rows: list[scan.Found], report: Report) -> None:
 
 
 def placement(
-    size: Size, bucket: Size, subset: SubsetSpec, unit: int, published: Callable[[Size], Size] | None = None
+    size: Size, bucket: Size, subset: SubsetSpec, unit: int, published: Callable[[Size], Size | Placement] | None = None
 ) -> Placement:
     """How a control of `size` becomes what the model sees beside a picture in `bucket`; sides: multiples of `unit`.
 
@@ -126,7 +126,7 @@ def placement(
         return buckets.of_area(size, area, unit)
     if subset.no_resize_control:
         return buckets.cropped(size, unit)
-    return buckets.stretched(published(size)) if published else buckets.single(size, bucket)
+    return buckets.published(published(size)) if published else buckets.single(size, bucket)
 
 
 def load(item: Item, flipped: bool = False) -> tuple[Tensor, ...]:

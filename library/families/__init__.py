@@ -14,11 +14,11 @@ FAMILIES: dict[str, str] = {
     "anima": "library.families.anima:ANIMA",
     "cosmos_predict2": "library.families.cosmos_predict2:COSMOS_PREDICT2",
     "flux": "library.families.flux:FLUX",
+    "flux2": "library.families.flux2:FLUX2",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
     "sdxl": "library.families.sdxl:SDXL",
-    "wan": "library.families.wan:WAN",
     "z_image": "library.families.z_image:Z_IMAGE",
 }
 

@@ -170,5 +170,6 @@ ANIMA = Family(
     # Shift 3 is that of ComfyUI and of sd-scripts' samples; guidance 4 diffusers' pipeline's.
     sampling={"sample_steps": 30, "scale": 4.0, "flow_shift": 3.0},
     variant_of=variant_of,
+    released={"denoiser": "anima", "vae": "vae_qwen_image", "text_encoder": "te_qwen3_0.6b"},
     text_widths=lambda denoiser: (denoiser["adapter"]["source_dim"],),
 )

@@ -114,4 +114,5 @@ COSMOS_PREDICT2 = Family(
     sampling={"sample_steps": 35, "scale": 8.0, "flow_shift": 1.0},
     text_widths=lambda denoiser: (denoiser["text_embed_dim"],),
     advice=advice,
+    released={"denoiser": "cosmos_predict2", "vae": "vae_wan21", "t5xxl": "te_t5xxl_old"},
 )

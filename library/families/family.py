@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from library.data.buckets import Placement
     from library.options import Option
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -144,9 +145,9 @@ class Family:
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
     max_controls: int = 0  # control pictures that one item can have
     least_controls: int = 0  # and must have
-    # (width, height of a control's file) -> the size that the published pipeline stretches it to; the dataset may say
-    # otherwise. None = a control covers its picture's bucket
-    control_size: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    # (width, height of a control's file) -> the size that the published pipeline stretches it to, or how it is resized
+    # and cropped; the dataset may say otherwise. None = a control covers its picture's bucket
+    control_size: Callable[[tuple[int, int]], tuple[int, int] | Placement] | None = None
     frames: FrameRule | None = None  # of a video model: every item is then a clip, a picture one of a single frame
     variant_of: Callable[..., Family] | None = None  # (options) -> the record for these files and options
     recipe: str = ""  # what a variant changes about `encode` and `encode_item`; a part of the caches' identity
@@ -160,8 +161,8 @@ class Family:
     markers: Callable[..., dict[str, Tensor]] = lambda family: {}  # (resolved record) -> keys that this file must have
     inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
     sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
-    # (image tokens) -> the flow shift of a prompt that does not say; None = --discrete_flow_shift
-    sampling_shift: Callable[[int], float] | None = None
+    # (image tokens, steps) -> the flow shift of a prompt that does not say; None = --discrete_flow_shift
+    sampling_shift: Callable[[int, int], float] | None = None
     # part name -> its list in library/released: what the memory plan takes where no file is given
     released: Mapping[str, str] = field(default_factory=dict)
     # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance

@@ -181,7 +181,7 @@ def encode_item(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], ite
     return {f"control.{k}": encode_image(vae, picture[None])[0] for k, picture in enumerate(item.controls)}
 
 
-def sampling_shift(tokens: int) -> float:
+def sampling_shift(tokens: int, steps: int) -> float:
     from library import flow
 
     return flow.flux_shift(tokens)

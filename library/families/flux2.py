@@ -9,12 +9,15 @@ tokens, at 10, 20, .. on the first axis.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import ragged, tokens
-from library.families.family import Cond, Part
+from library.components import control_pictures, flux2_text, mistral, qwen3, ragged, tokens, vae_flux2
+from library.errors import ConfigError
+from library.families.family import Cond, Family, ItemInput, Part
 from library.layout import Shape, block, count, identity, our_view, row, swap_halves
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +118,8 @@ def predict(
 ) -> Tensor:
     """Velocity [B,C,h,w] float32.
 
-    Conds: "text" [T,D]; "control.0", .. [C,h,w], reference pictures; for dev "guidance" [] where an item's differs
-    from `guidance`.
+    Conds: "text" [T,D], of dev with "fill" [D], what stands before it up to 512 tokens; "control.0", .. [C,h,w],
+    reference pictures; for dev "guidance" [] where an item's differs from `guidance`.
     """
     return tokens.in_groups(partial(_of_one_size, denoiser, guidance), noisy, sigma, conds)
 
@@ -127,7 +130,7 @@ def _of_one_size(denoiser: torch.nn.Module, guidance: float, noisy: Tensor, sigm
     from library.checkpointing import exact_times
 
     dtype, device, pictures = denoiser.x_embedder.weight.dtype, noisy.device, [noisy, *tokens.references(conds)]
-    texts = [cond["text"].to(dtype) for cond in conds]
+    texts = [flux2_text.filled(cond).to(dtype) for cond in conds]
     text, hidden = ragged.pad(texts), torch.cat([tokens.pack(one, patch=1) for one in pictures], 1).to(dtype)
     keys = tokens.key_mask(ragged.mask(texts), hidden)
     words = torch.zeros(text.shape[1], 4, device=device)
@@ -152,3 +155,103 @@ def _of_one_size(denoiser: torch.nn.Module, guidance: float, noisy: Tensor, sigm
             return_dict=False,
         )[0]
     return tokens.unpack(out, *noisy.shape[-2:], patch=1).float()
+
+
+def encode_item(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], item: ItemInput) -> Cond:
+    """{"control.k": [C,h,w]}, the reference pictures."""
+    return {f"control.{k}": vae_flux2.encode(vae, picture[None])[0] for k, picture in enumerate(item.controls)}
+
+
+def sampling_shift(tokens: int, steps: int) -> float:
+    """Black Forest Labs' e^mu: mu is linear in the tokens, for 10 and for 200 steps, and between these in the steps."""
+    import math
+
+    many = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return math.exp(many)
+    few = 8.73809524e-05 * tokens + 1.89833333
+    return math.exp(many + (few - many) * (200 - steps) / 190)
+
+
+def variant_of(options: Any) -> Family:
+    """The record of the model in the file, from its guidance and width. Raises ConfigError where the options differ."""
+    from library.checkpoints import configuration_of, path_of, pipeline_facts
+
+    path, asked, is_training = path_of(DENOISER, options), options.model_version, hasattr(options, "given")
+    found = configuration_of(DENOISER, path)
+    is_dev = found["guidance_embeds"]
+    size = WIDTHS.get(found["num_attention_heads"] * found["attention_head_dim"], "")
+    if asked and (is_dev != (asked == "dev") or not is_dev and not asked.endswith(size)):
+        told = "dev" if is_dev else f"a klein{size and f' of {size.upper()}'}"
+        raise ConfigError(f"--model_version {asked}: {path} is {told}; remove the option, or name another file")
+    if is_dev:
+        return replace(FLUX2, predict=partial(predict, guidance=options.guidance_scale)) if is_training else FLUX2
+    if is_training and options.given("guidance_scale"):
+        raise ConfigError(f"--guidance_scale {options.guidance_scale:g} has no effect: {path} embeds no guidance")
+    family = replace(KLEIN, released=KLEIN.released | KLEIN_9B) if size == "9b" else KLEIN
+    is_distilled = asked in ("klein-4b", "klein-9b") or pipeline_facts(path).get("is_distilled", False)
+    if not is_distilled:
+        return family
+    return replace(family, title="Flux 2 klein (distilled)", sampling={"sample_steps": 4}, advice=distilled)
+
+
+def distilled(options: Any) -> tuple[str, ...]:
+    """Few-step models unlearn their few steps when they are trained as a flow."""
+    told = "the distilled klein loses its 4 steps in training; train a LoRA on klein-base and use it on this one"
+    return () if options.base_weights else (f"{told}, or name a training adapter as --base_weights",)
+
+
+WIDTHS = {3072: "4b", 4096: "9b"}  # of the published klein models
+KLEIN_9B = {"denoiser": "flux2_klein_9b", "text_encoder": "te_qwen3_8b"}
+MODEL_VERSION = Option(
+    "model_version", "str", None, "dev and klein are told apart by the file, the distilled klein from its base are not",
+    choices=("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b"),
+)  # fmt: skip
+FLUX2 = Family(
+    name="flux2",
+    title="Flux 2 dev",
+    denoiser=DENOISER,
+    vae=vae_flux2.part(),
+    text_encoders=(mistral.part(),),
+    tokenize=flux2_text.tokenize_mistral,
+    encode=flux2_text.encode_mistral,
+    encode_image=vae_flux2.encode,
+    decode_latents=vae_flux2.decode,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=128,
+    latent_downscale=16,
+    # The seed's advice for diffusion-pipe: logit-normal with shift 3, because the latents have many channels.
+    defaults={"timestep_sampling": "shift", "discrete_flow_shift": 3.0},
+    options=(
+        Option("guidance_scale", "float", 1.0, "guidance that dev is given in training", low=0),  # as diffusion-pipe
+        MODEL_VERSION,
+    ),
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="flux-2-dev",
+    base_model_version="flux2",
+    resolution=1024,
+    encode_item=encode_item,
+    max_controls=10,  # Black Forest Labs' documentation of dev
+    control_size=partial(control_pictures.capped, area=1024 * 1024, unit=16),
+    variant_of=variant_of,
+    inference_options=(MODEL_VERSION,),
+    sampling={"sample_steps": 50, "guidance_scale": 4.0},  # Black Forest Labs' example
+    sampling_shift=sampling_shift,
+    released={"denoiser": "flux2", "vae": "vae_flux2", "text_encoder": "te_mistral_small_flux2"},
+    text_widths=lambda denoiser: (denoiser["joint_attention_dim"] // 3,),
+)
+KLEIN = replace(
+    FLUX2,
+    title="Flux 2 klein",
+    text_encoders=(qwen3.part("a Qwen3 text encoder", "Qwen/Qwen3-4B"),),
+    tokenize=flux2_text.tokenize_qwen3,
+    encode=flux2_text.encode_qwen3,
+    architecture="flux-2-klein",
+    base_model_version="flux2_klein",
+    sampling={"sample_steps": 50, "scale": 4.0},  # of the base models, Black Forest Labs' example
+    released={"denoiser": "flux2_klein_4b", "vae": "vae_flux2", "text_encoder": "te_qwen3_4b"},
+    recipe="qwen3",
+)

@@ -179,7 +179,7 @@ def guide(settings: Mapping[str, Any], cond: Cond) -> Callable[..., Tensor]:
     return norm_kept(2)
 
 
-def sampling_shift(tokens: int) -> float:
+def sampling_shift(tokens: int, steps: int) -> float:
     from library.flow import qwen_shift
 
     return qwen_shift(tokens)

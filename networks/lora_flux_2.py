@@ -1,4 +1,4 @@
-"""networks.lora by the name that musubi-tuner has for Wan; the family's facts are in its record."""
+"""networks.lora by the name that musubi-tuner has for Flux 2; the family's facts are in its record."""
 
 from networks.lora import create_network, create_network_from_weights
 
