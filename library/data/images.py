@@ -53,7 +53,10 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 [H,W,3] or [F,H,W,3] -> float32 [3,H,W] or [3,F,H,W] in -1..1."""
     import torch
 
-    return torch.from_numpy(np.array(pixels)).movedim(-1, 0).float().div_(127.5).sub_(1)
+    values = pixels.astype(np.float32)  # in NumPy: torch would start threads of its own in every thread that decodes
+    values /= np.float32(127.5)
+    values -= np.float32(1)
+    return torch.from_numpy(values).movedim(-1, 0)
 
 
 def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:
