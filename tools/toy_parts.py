@@ -153,6 +153,19 @@ def old_t5(width: int, vocabulary: int) -> Made:
     return configuration | {"feed_forward_proj": "relu"}, metadata
 
 
+def umt5(width: int, vocabulary: int) -> Made:
+    configuration, metadata = t5(width, vocabulary)
+    return configuration | {"model_type": "umt5"}, metadata
+
+
+def clip_vision(width: int = 1280, side: int = 28) -> Made:
+    """As wide as Wan's denoisers want it, and of few patches."""
+    return {
+        "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": width // 80,
+        "num_channels": 3, "patch_size": 14, "image_size": side, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+    }, {}  # fmt: skip
+
+
 TOYS: dict[str, Toy] = {
     "anima": Toy(toy_vaes.wan21(), {"text_encoder": ToyText(qwen3, 64)}, tokenizers={"t5_tokenizer_path": "t5"}),
     "cosmos_predict2": Toy(toy_vaes.wan21(), {"t5xxl": ToyText(old_t5, 64, "t5")}),
@@ -176,6 +189,7 @@ TOYS: dict[str, Toy] = {
         {"clip_l": ToyText(clip_bare, 32, "clip"), "clip_g": ToyText(clip, 64)},
         denoiser=SDXL_TOY,
     ),
+    "wan": Toy(toy_vaes.wan21(), {"t5": ToyText(umt5, 4096, "spiece")}),
     "z_image": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen3, 64)}),
 }
 
@@ -205,6 +219,8 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], str, dict[str, str]]] = {
 
 def make_tokenizer(folder: Path, kind: str) -> int:
     """A tokenizer in transformers' files; returns its vocabulary size. Bytes need no vocabulary file."""
+    if kind == "spiece":
+        return _make_sentencepiece(folder)
     if kind == "bytes":
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
@@ -229,3 +245,20 @@ def make_tokenizer(folder: Path, kind: str) -> int:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **arguments)
     fast.save_pretrained(folder)
     return len(fast)
+
+
+def _make_sentencepiece(folder: Path) -> int:
+    """A sentencepiece model with byte fallback, as UMT5's is."""
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    model, size = io.BytesIO(), 330
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS)] * 4), model_writer=model, vocab_size=size, byte_fallback=True,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    return size

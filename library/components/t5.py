@@ -115,7 +115,8 @@ def _part(
     gated: bool = True,
     every: bool = False,
 ) -> Part:
-    beside = (folder.replace("text_encoder", "tokenizer"), tokenizer.option)
+    published = tuple(name for name in tokenizer.beside if "/" in name)
+    beside = (folder.replace("text_encoder", "tokenizer"), tokenizer.option, *published)
     return Part(
         name=name,
         title=title,
@@ -146,8 +147,9 @@ def old(title: str = "an old T5-11B text encoder", option: str = "t5xxl", folder
 
 
 def umt5(title: str = "a UMT5-XXL text encoder", option: str = "t5", folder: str = "text_encoder") -> Part:
-    """google/umt5-xxl: Wan. ComfyUI's file holds its tokenizer."""
-    tokenizer = Tokenizer("tokenizer", "google/umt5-xxl", inside=tokenizers.SPIECE, load=tokenizers.load_umt5)
+    """google/umt5-xxl: Wan. ComfyUI's file holds its tokenizer, Wan's own folders have it under its hub id."""
+    name = "google/umt5-xxl"
+    tokenizer = Tokenizer("tokenizer", name, beside=(name,), inside=tokenizers.SPIECE, load=tokenizers.load_umt5)
     return _part("t5", title, option, folder, inside="umt5xxl", others=(T5_WORDS,), tokenizer=tokenizer, every=True)
 
 

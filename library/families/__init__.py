@@ -19,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
     "sdxl": "library.families.sdxl:SDXL",
+    "wan": "library.families.wan:WAN",
     "z_image": "library.families.z_image:Z_IMAGE",
 }
 

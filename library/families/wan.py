@@ -1,150 +1,213 @@
-"""Wan 2.1 and 2.2 (Alibaba, 2025): video transformers with cross attention to UMT5 states.
+"""Wan 2.1 and 2.2 (Alibaba, 2025): text and image to video with UMT5-XXL, one denoiser or two for the noise levels.
 
-Facts: the model is given sigma * 1000 and returns noise - x0. Latents are [B,C,F,h,w], patches 1x2x2. It has no text
-mask: captions are zero-padded to 512 tokens. Image-to-video models of 16 channels take 20 more (4 of mask, 1 = given
-frame, and 16 of latents), those of 2.1 also the states of a CLIP ViT-H; 2.2 5B takes a time per token instead, 0 for
-given frames.
+The file says which model it is, except that 2.1 14B and the two experts of 2.2 A14B have the same shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import frames, ragged
-from library.families.family import Cond, Part
-from library.layout import Shape, block, count, identity, row
+from library.components import t5, vae_wan, vision, wan
+from library.components.tokenizers import ended
+from library.components.wan import ADAPTED, BLOCKS, DENOISER, TOKENS, predict
+from library.errors import ConfigError
+from library.families.family import Cond, Family, FrameRule, Text
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from collections.abc import Mapping
 
-# The width of a head in every published size. No shape shows it, so files of other sizes say in their header
-# metadata how many heads they have.
-HEAD, HEADS_KEY = 128, "num_attention_heads"
-TOKENS = 512  # of text, of Wan's own code and fixed in diffusers' image-to-video attention
-
-BLOCK = [
-    row("modulation", "scale_shift_table"),
-    row("norm3", "norm2"),  # norm1 and norm2 of the original have no weights
-    row("ffn.0", "ffn.net.0.proj"),
-    row("ffn.2", "ffn.net.2"),
-]
-for _theirs, _ours in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-    for _a, _b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
-        BLOCK.append(row(f"{_theirs}.{_a}", f"{_ours}.{_b}"))
-    BLOCK += [row(f"{_theirs}.{_name}", f"{_ours}.{_name}") for _name in ("norm_q", "norm_k")]
-BLOCK += [  # only 2.1 image-to-video
-    row("cross_attn.k_img", "attn2.add_k_proj"),
-    row("cross_attn.v_img", "attn2.add_v_proj"),
-    row("cross_attn.norm_k_img", "attn2.norm_added_k"),
-]
-IMAGE = "condition_embedder.image_embedder"
-COMFY = [
-    row("patch_embedding"),
-    row("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    row("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    row("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    row("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    row("time_projection.1", "condition_embedder.time_proj"),
-    row("img_emb.proj.0", f"{IMAGE}.norm1"),
-    row("img_emb.proj.1", f"{IMAGE}.ff.net.0.proj"),
-    row("img_emb.proj.3", f"{IMAGE}.ff.net.2"),
-    row("img_emb.proj.4", f"{IMAGE}.norm2"),
-    row("img_emb.emb_pos", f"{IMAGE}.pos_embed"),  # only first-and-last-frame models
-    row("head.head", "proj_out"),
-    row("head.modulation", "scale_shift_table"),
-    *block("blocks.{i}", "blocks.{i}", *BLOCK),
-]
-BLOCKS = ("blocks",)
-ADAPTED = ("blocks.",)  # all Linear layers of the blocks, as diffusion-pipe (the seed's system) trains them
-
-
-def recognise(shapes: Mapping[str, Shape]) -> str | None:
-    if len(shapes.get("patch_embedding.weight", ())) != 5:
-        return None
-    if "blocks.0.self_attn.norm_q.weight" in shapes and "time_projection.1.weight" in shapes:
-        return "comfy"
-    return "diffusers" if "condition_embedder.time_proj.weight" in shapes else None
-
-
-def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str) -> dict[str, Any]:
-    def size(comfy: str, ours: str, default: Shape = ()) -> Shape:
-        key = comfy if layout == "comfy" else ours
-        return shapes.get(key, default) if default else shapes[key]
-
-    width, channels, *patch = shapes["patch_embedding.weight"]
-    heads = int(metadata.get(HEADS_KEY) or width // HEAD)
-    image = size("img_emb.proj.0.weight", f"{IMAGE}.norm1.weight", (0,))[0]
-    return {
-        "patch_size": tuple(patch),
-        "num_attention_heads": heads,
-        "attention_head_dim": width // heads,
-        "in_channels": channels,
-        "out_channels": size("head.head.weight", "proj_out.weight")[0] // (patch[0] * patch[1] * patch[2]),
-        "text_dim": size("text_embedding.0.weight", "condition_embedder.text_embedder.linear_1.weight")[1],
-        "freq_dim": size("time_embedding.0.weight", "condition_embedder.time_embedder.linear_1.weight")[1],
-        "ffn_dim": size("blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj.weight")[0],
-        "num_layers": count(shapes, "blocks"),
-        "image_dim": image or None,
-        "added_kv_proj_dim": width if image else None,
-        "pos_embed_seq_len": size("img_emb.emb_pos", f"{IMAGE}.pos_embed", (0, 0))[1] or None,
-    }
-
-
-def build(configuration: dict[str, Any]) -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(**configuration)
-
-
-def finish(model: torch.nn.Module, device: Any) -> None:
-    """The rotary tables, which no file holds."""
     import torch
 
-    rope, config = model.rope, model.config
-    with torch.device(device):
-        model.rope = type(rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+__all__ = ["ADAPTED", "BLOCKS", "DENOISER", "WAN", "predict"]
 
-
-DENOISER = Part(
-    name="denoiser",
-    title="a Wan denoiser",
-    option="pretrained_model_name_or_path",
-    layouts={"comfy": COMFY, "diffusers": identity},
-    recognise=recognise,
-    config=config,
-    build=build,
-    prefixes=("", "model.diffusion_model.", "diffusion_model."),
-    diffusers_folder="transformer",
-    finish=finish,
+SMALL = 1536  # width of 1.3B, of which there is only 2.1
+# Wan's own negative prompt, `sample_neg_prompt` of its configurations.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
 )
 
 
-def predict(
-    denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond], *, tokens: int = TOKENS
-) -> Tensor:
-    """Velocity [B,C,F,h,w] float32.
+def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
+    """Ids with the end token, at most 512, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], " ".join(caption.split()), TOKENS)
 
-    Conds: "text" [T,D]; "image_latents" [20,F,h,w] and, for 2.1, "clip" [257,1280] (514 with a last frame) of
-    image-to-video models; "first_frame" [C,1,h,w] of 2.2 5B. `tokens` is what the text is padded to.
-    """
+
+def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
+    """{"text": [T,D]} at true length; `predict` fills it up with zeros to 512."""
     import torch
 
-    dtype = denoiser.patch_embedding.weight.dtype
-    video, sigma = frames.with_first_frames(noisy, sigma, conds)
-    if sigma.ndim == 2:  # a time per frame -> per token
-        _, high, wide = denoiser.config.patch_size
-        sigma = sigma.repeat_interleave((noisy.shape[-2] // high) * (noisy.shape[-1] // wide), 1)
-    if "image_latents" in conds[0]:
-        video = torch.cat([video, torch.stack([cond["image_latents"] for cond in conds]).to(video.dtype)], 1)
-    clip = torch.stack([cond["clip"] for cond in conds]).to(dtype) if "clip" in conds[0] else None
-    if clip is not None and denoiser.config.pos_embed_seq_len:
-        clip = clip.unflatten(1, (2, -1)).flatten(0, 1)  # diffusers wants first and last frame as items of the batch
-    return denoiser(
-        video.to(dtype),
-        sigma * 1000,
-        ragged.pad([cond["text"].to(dtype) for cond in conds], tokens),
-        clip,
-        return_dict=False,
-    )[0].float()
+    ids, _ = tokenize(tokenizers, text.caption)
+    return {"text": t5.states(encoders[0], torch.tensor([ids], device=device))[0]}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the files of one published model share."""
+
+    title: str
+    sampling: Mapping[str, Any]
+    boundary: int | None = None  # of two experts, 1000 * sigma: the high-noise one predicts from here on
+    first_frame: str = "none"
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the record
+
+
+def _sampled(steps: int, scale: float, shift: float, frames: int = 81) -> dict[str, Any]:
+    """As in Wan's own configurations and generate.py."""
+    return {"sample_steps": steps, "scale": scale, "flow_shift": shift, "frame_count": frames,
+            "negative_prompt": NEGATIVE}  # fmt: skip
+
+
+I2V = {"encode_item": wan.continued, "recipe": "i2v"}
+KINDS = {
+    "2.1 1.3B": Kind("Wan 2.1 1.3B", _sampled(50, 6.0, 8.0)),  # its page advises these two for the small model
+    "2.1": Kind("Wan 2.1", _sampled(50, 5.0, 5.0)),
+    "2.1 i2v": Kind(  # shift 3 for 480p, 5 above
+        "Wan 2.1 I2V", _sampled(40, 5.0, 3.0), None, "needed", I2V | {"image_encoders": (vision.clip_h(),)}
+    ),
+    "2.2": Kind("Wan 2.2 A14B", _sampled(40, 3.0, 12.0), 875),
+    "2.2 i2v": Kind("Wan 2.2 I2V A14B", _sampled(40, 3.5, 5.0), 900, "needed", I2V),
+    "2.2 5B": Kind(
+        "Wan 2.2 5B", _sampled(50, 5.0, 5.0, 121), None, "possible",
+        {"encode_item": wan.begun, "vary": wan.vary, "vae": vae_wan.part22(), "pixel_multiple": 32,
+         "latent_channels": 48, "latent_downscale": 16, "resolution": 960},
+    ),
+}  # fmt: skip
+
+
+def noise_of(path: str) -> str | None:
+    """ "high" or "low" if the name of a file or folder says that it is an expert of Wan 2.2."""
+    here = Path(path)
+    if here.name.startswith("transformer") and (here.parent / "transformer_2").is_dir():
+        return "low" if here.name == "transformer_2" else "high"  # as diffusers has them
+    found = re.findall(r"(high|low)[-_ ]?noise", f"{here.parent.name}/{here.name}".lower())
+    return found[-1] if found else None
+
+
+def kind_of(path: str, config: Mapping[str, Any], version: str | None) -> str:
+    """The key in KINDS. Raises ConfigError for Wan models of other kinds, and for a version that the file is not."""
+    channels, shown = (config["in_channels"], config["out_channels"]), config["image_dim"]
+    if config["pos_embed_seq_len"]:
+        raise ConfigError(f"{path} is Wan 2.1 for a first and a last frame, which is not offered; take an I2V file")
+    if channels == (48, 48):
+        kind = "2.2 5B"
+    elif channels == (36, 16):
+        kind = "2.1 i2v" if shown else "2.2 i2v"
+    elif channels == (16, 16) and not shown:
+        is_small = config["num_attention_heads"] * config["attention_head_dim"] <= SMALL
+        told = version or ("2.2" if noise_of(path) else "2.1")
+        kind = "2.1 1.3B" if told == "2.1" and is_small else told
+    else:
+        raise ConfigError(
+            f"{path} is a Wan denoiser with {channels[0]} channels in and {channels[1]} out, which is no text- or "
+            "image-to-video model of Wan 2.1 or 2.2"
+        )
+    if version and not kind.startswith(version):
+        raise ConfigError(f"--model_version {version}: {path} is {KINDS[kind].title}; remove the option")
+    return kind
+
+
+def variant_of(options: Any) -> Family:
+    """The record of the model that the file is. Raises ConfigError for options that it does not read."""
+    from library.checkpoints import configuration_of, path_of
+
+    path = path_of(DENOISER, options)
+    _refuse_pair(path)
+    kind = KINDS[kind_of(path, configuration_of(DENOISER, path), options.model_version)]
+    chunk = options.vae_chunk_size or 0
+    changes = dict(kind.changes)
+    if options.clip and not changes.get("image_encoders"):
+        raise ConfigError(f"--clip {options.clip} has no effect: {path} is {kind.title}, which sees no CLIP features")
+    is_training = hasattr(options, "given")
+    if is_training and options.given("first_frame_conditioning_p") and "vary" not in changes:
+        raise ConfigError(
+            f"--first_frame_conditioning_p has no effect: {path} is {kind.title}, and only 5B has that choice"
+        )
+    if "encode_item" in changes:
+        changes["encode_item"] = partial(changes["encode_item"], chunk=chunk)
+    least = 5 if kind.first_frame == "needed" else 1  # of one frame there is nothing to continue
+    frames = FrameRule(4, 1, 24.0 if kind.first_frame == "possible" else 16.0, least, kind.first_frame)
+    return replace(
+        WAN,
+        title=kind.title,
+        encode_image=partial(vae_wan.encode, chunk=chunk),
+        decode_latents=partial(vae_wan.decode, chunk=chunk),
+        frames=frames,
+        sampling=kind.sampling,
+        advice=partial(advice, path, kind),
+        **changes,
+    )
+
+
+def _refuse_pair(path: str) -> None:
+    if (Path(path) / "transformer_2").is_dir():
+        raise ConfigError(
+            f"{path} holds two denoisers; name the one to train: {Path(path) / 'transformer_2'} (low noise) or "
+            f"{Path(path) / 'transformer'} (high noise)"
+        )
+
+
+def advice(path: str, kind: Kind, options: Any) -> tuple[str, ...]:
+    """Which part of the noise levels this file is for, where --min_timestep and --max_timestep say otherwise."""
+    low, high = options.min_timestep or 0, 1000 if options.max_timestep is None else options.max_timestep
+    expert, edge, own = noise_of(path), kind.boundary, f"timesteps {low} to {high} are trained"
+    if edge is None:
+        alone = f"{own}, but {kind.title} has one denoiser for all of them"
+        return (alone,) if (low, high) != (0, 1000) else ()
+    if expert is None:
+        if (low, high) in ((edge, 1000), (0, edge)):
+            return ()
+        text = f"--min_timestep {edge} fits its high-noise expert and --max_timestep {edge} the low-noise one"
+        return (f"{own} of {kind.title}; {text}, and {path} does not say which it is",)
+    if expert == "high":
+        text = f"{own}, and {path} predicts from {edge} on: --min_timestep {edge} fits it"
+        return (text,) if low < edge else ()
+    text = f"{own}, and {path} predicts below {edge}: --max_timestep {edge} fits it"
+    used_alone = "; all of them suit a LoRA that is used with this expert alone" if low == 0 else ""
+    return (text + used_alone,) if high > edge else ()
+
+
+CLIP = Option("clip", "path", None, "CLIP ViT-H, a file or a folder: only Wan 2.1 image-to-video sees it")
+CHUNK = Option("vae_chunk_size", "int", None, "rows that the VAE convolves at a time; fewer need less memory", low=1)
+VERSION = Option("model_version", "str", None, "of a 14B text-to-video file whose name says neither high nor low noise",
+                 choices=("2.1", "2.2"))  # fmt: skip
+WAN = Family(
+    name="wan",
+    title="Wan",
+    denoiser=DENOISER,
+    vae=vae_wan.part(),
+    text_encoders=(t5.umt5(),),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=vae_wan.encode,
+    decode_latents=vae_wan.decode,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    # musubi-tuner's advice for Wan, sigmoid sampling with a shift of 3 to 5; 5 is Wan's own at inference.
+    defaults={"timestep_sampling": "shift", "discrete_flow_shift": 5.0},
+    options=(
+        CLIP, CHUNK, VERSION,
+        Option("first_frame_conditioning_p", "float", 0.5, "share of steps in which 5B is given a clip's first frame",
+               low=0, high=1),
+    ),
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="wan",
+    base_model_version="wan",
+    resolution=640,  # an area about that of 832 x 480
+    frames=FrameRule(4, 1, 16.0),
+    variant_of=variant_of,
+    channels_of=lambda denoiser: int(denoiser.config.out_channels),
+    inference_options=(CLIP, CHUNK, VERSION),
+    sampling=KINDS["2.1"].sampling,
+    text_widths=lambda denoiser: (denoiser["text_dim"],),
+)  # fmt: skip
