@@ -69,6 +69,13 @@ DATASET = _group(
     Opt("resize_interpolation", "str", None, "how images are resized", choices=INTERPOLATIONS),
     Opt("prior_loss_weight", "float", 1.0, "loss weight of regularisation images", low=0),
     Opt("skip_bad", "flag", False, "go on without the files that cannot be used, and list them"),
+    Opt(
+        "check_data",
+        "str",
+        "all",
+        "decode every file once before anything loads, or only read headers",
+        choices=("all", "headers"),
+    ),
     Opt("train_batch_size", "int", 1, "images per batch", low=1),
     Opt("max_data_loader_n_workers", "int", 8, "threads that load images and conditions", low=0),
 )

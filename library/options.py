@@ -139,6 +139,21 @@ def parse(family_name: str | None, argv: list[str] | None = None, prog: str = ""
     return options
 
 
+def parse_data(argv: list[str]) -> Options:
+    """The options of a dataset where no model is known: those that every family has, from the command line.
+
+    Raises ConfigError for anything that is not understood.
+    """
+    words = _split(argv)
+    if "config_file" in words:
+        raise ConfigError("--config_file describes a run, which needs --model_type, too")
+    table = {option.name: option for option in OPTIONS}
+    values = {name: option.default for name, option in table.items()}
+    origins = dict.fromkeys(table, DEFAULT)
+    _apply_words(table, values, origins, words)
+    return Options(table, values, origins, None)
+
+
 def options_of(family: Family) -> list[Option]:
     """What a family adds to the table: the files of its parts, their tokenizers, and its own options."""
     group, known = OPTIONS[0].group, {option.name for option in OPTIONS}

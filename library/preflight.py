@@ -6,6 +6,7 @@ Imports no torch before the plan is printed: most mistakes are answered in a sec
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from library import provenance, state, trackers
 from library.checkpoints import check_part, check_writable, configuration_of, path_of
 from library.components.sizes import width_of
 from library.components.tokenizers import check_tokenizers
-from library.data.dataset import Dataset, prepare
+from library.data.dataset import Dataset
+from library.data.doctor import examine
+from library.data.findings import summary
 from library.errors import ConfigError
 from library.memory import swap_plan
 from library.options import check_read
@@ -40,6 +43,7 @@ class Plan:
     base_weights: list[tuple[str, float]] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)  # part name -> one line about its file
     warnings: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)  # about the files of the dataset, a line a kind
     text: str = ""  # the printed plan
     trained: Trained = field(default_factory=Trained)
 
@@ -62,13 +66,15 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     _check_network(options)
     _check_prompts(options, family)
     check_writable(output_dir, bytes_needed=estimate_bytes(options))
-    dataset = prepare(options, family, family.pixel_multiple)
+    examined = examine(options, family, family.pixel_multiple, rank=_rank(), say=say)
+    dataset = examined.dataset
     group = options.gradient_accumulation_steps * _world()
     steps_per_epoch = -(-len(dataset.batches(0)) // group)
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
     plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
     plan.base_weights, plan.trained = _base_weights(options), trained
     plan.warnings += family.advice(options)
+    plan.findings = summary(examined.findings)
     plan.origin = origin(options, family, dataset)
     if options.resume:
         _resume(options, plan)
@@ -115,20 +121,21 @@ def _check_widths(family: Family, options: Any) -> None:
 
 def _preview(dataset: Dataset, folder: Path, say: Callable[[str], None]) -> None:
     """Write what is trained, once for all processes, and end the program."""
-    import os
     import sys
 
     from library.data.preview import write_preview
 
-    if os.environ.get("RANK", "0") == "0":
+    if _rank() == 0:
         say(f"preview: {write_preview(dataset, folder)} items are written to {folder}; nothing is trained")
     sys.exit(0)
 
 
 def _world() -> int:
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def check_attention(options: Any) -> None:
@@ -216,6 +223,7 @@ def table(options: Options, plan: Plan) -> str:
         lines.append(f"  {sentence}")
     lines += [f"  {name:<13} {line}" for name, line in plan.parts.items()]
     lines.append(plan.dataset.print_table())
+    lines += [f"  {line}" for line in plan.findings]
     lines.append(
         f"steps: {plan.total_steps} optimizer steps of {options.gradient_accumulation_steps} x {_world()} batches, "
         f"{plan.steps_per_epoch} a pass over the data = {plan.total_steps / plan.steps_per_epoch:.1f} epochs"

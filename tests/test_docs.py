@@ -50,8 +50,16 @@ def test_a_command_line_parses(page, line):
             parser_of(get_family(script.removesuffix("_minimal_inference.py"))).parse_args(rest)
         else:
             text = (ROOT / script).read_text(encoding="utf-8")
-            taken = OF_A_RUN if "option_machinery.parse(" in text else set()  # some tools take a run's options, too
+            taken = of_a_run(rest) if "option_machinery.parse(" in text else set()  # some tools take a run's, too
             assert all(f'"{word}"' in text or word in taken for word in rest if word.startswith("--")), command
+
+
+def of_a_run(words):
+    """The options of a run, those of the family that the words name among them."""
+    from library.families import get_family
+
+    named = words[words.index("--model_type") + 1] if "--model_type" in words else None
+    return OF_A_RUN | {f"--{option.name}" for option in (options.options_of(get_family(named)) if named else ())}
 
 
 def check_training(script, words):

@@ -59,6 +59,15 @@ def check_tokenizers(family: Family, options: Any) -> None:
             raise ConfigError(f"--{where.option} {value}: no such folder (and not a hub id of the form owner/name)")
 
 
+def not_here(family: Family, options: Any) -> str:
+    """The option of a tokenizer that would have to be loaded from a hub that nobody named; "" if there is none."""
+    for where, part in family.tokenizers:
+        path, _ = tokenizer_path(part, options, where)
+        if not (getattr(options, where.option) or Path(path).exists() or where.load is load_byt5):
+            return where.option
+    return ""
+
+
 def load_tokenizer(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:
     """A tokenizer from a folder, or from the hub if the path does not exist. Raises ConfigError saying what to do."""
     from transformers import AutoTokenizer

@@ -10,7 +10,7 @@ says one, and else covers the bucket of its picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from library.data.items import Fault, names
 from library.errors import DatasetError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from library.data.buckets import Placement, Size
@@ -136,11 +137,15 @@ def load(item: Item, flipped: bool = False) -> tuple[Tensor, ...]:
     """
     from library.data import images
 
-    out = []
+    return tuple(images.to_tensor(one[:, ::-1] if flipped else one) for one in pixels(item))
+
+
+def pixels(item: Item) -> Iterator[np.ndarray]:
+    """The controls of an item as `load` gives them, uint8 [H,W,3], not mirrored."""
+    from library.data import images
+
     for path, placed in zip(item.controls, item.control_placements, strict=True):
-        pixels = images.place(images.decode(path)[0], placed, item.subset.resize_interpolation)
-        out.append(images.to_tensor(pixels[:, ::-1] if flipped else pixels))
-    return tuple(out)
+        yield images.place(images.decode(path)[0], placed, item.subset.resize_interpolation)
 
 
 def identity(item: Item, hashes: ContentHashes) -> str:

@@ -180,7 +180,7 @@ def prepare(
         item.index, item.repeats = len(trained) + k, 1
     report.trained, report.held_out = len(rows_of(trained)), len(rows_of(held_out))
     _settle_faults(report, bool(options.skip_bad), collect)
-    if not trained:
+    if not trained and not collect:
         raise DatasetError(
             f"there is nothing to train on: found {report.found} files, held out {report.held_out}, "
             f"dropped {report.dropped or 'none'}; look at the paths in the dataset description"

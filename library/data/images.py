@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from library.data import scan
 from library.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -90,12 +91,15 @@ def load(item: Item, rng: random.Random, flip: bool | None = None) -> Picture:
 
 
 def decode(path, with_alpha: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-    """RGB uint8 [H,W,3] upright as EXIF says, alpha composed on white; the alpha channel [H,W] if asked for."""
+    """RGB uint8 [H,W,3] upright as EXIF says, alpha composed on white; the alpha channel [H,W] if asked for.
+
+    Raises DatasetError naming a file that cannot be decoded.
+    """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
+        with scan.opened(path) as file:
+            image = ImageOps.exif_transpose(file)
             if image.mode in ("I;16", "I"):  # 16-bit grey: PIL's own conversion would clip instead of scale
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
             has_alpha = "A" in image.getbands() or "transparency" in image.info
@@ -104,8 +108,10 @@ def decode(path, with_alpha: bool = False) -> tuple[np.ndarray, np.ndarray | Non
                 return np.asarray(image.convert("RGB")), mask
             pixels = np.asarray(image.convert("RGBA"))
             return on_white(pixels), pixels[:, :, 3] if with_alpha else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path} cannot be decoded ({error}); repair it or take it out") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise many kinds for damaged files
+        raise DatasetError(f"{path} cannot be decoded ({error}); repair it or take it out") from error
 
 
 def on_white(pixels: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.config import SubsetSpec
-from library.data.scan import EXTENSIONS, VIDEOS, Found, picture_size
+from library.data.scan import EXTENSIONS, VIDEOS, Found, size_of
 from library.errors import DatasetError
 
 
@@ -75,19 +75,11 @@ def _found(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) ->
         if beside := [name for name in entry if name.startswith("control")]:
             raise DatasetError(f"metadata_file {source}: {key} has {beside[0]}, but a video has no control pictures")
         return found
-    found.size, found.problem = _size(path)
+    found.size, found.problem = size_of(str(path))
     found.controls, lost = _controls(key, entry, subset, source)
     if lost:
         found.problem = f"its control picture {lost[0]} is not found"
     return found
-
-
-def _size(picture: Path) -> tuple[tuple[int, int] | None, str]:
-    """(width, height) or None, and what is wrong; the file decides: an image_size may be stale."""
-    try:
-        return picture_size(str(picture)), ""
-    except (OSError, ValueError, SyntaxError) as error:
-        return None, f"its header cannot be read ({error})"
 
 
 def _controls(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> tuple[tuple[Found, ...], list[str]]:
@@ -110,7 +102,7 @@ def _controls(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path)
         if control is None:
             lost.append(value)
             continue
-        size, problem = _size(control)
+        size, problem = size_of(str(control))
         stat = control.stat()
         out.append(Found(str(control), (stat.st_size, stat.st_mtime_ns), size, None, problem))
     return tuple(out), lost

@@ -7,8 +7,10 @@ next start only lists the folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import struct
 import uuid
 from collections.abc import Iterable
@@ -17,8 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from library.data.videos import Video
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "AVIF", "JXL", "GIF")  # PIL's names; its JPEG reads MPO, too
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".gif"}
 INDEX = "scan.json"
@@ -62,12 +67,16 @@ def scan_folder(
 
 
 def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: Index) -> Found:
-    stat = entry.stat()
     text_entry = captions.get(entry.name.rpartition(".")[0])
-    text_stat = text_entry.stat() if text_entry else None
+    try:
+        facts = entry.stat()
+        text_stat = text_entry.stat() if text_entry else None
+    except OSError as error:  # a link to nothing
+        name = Path(error.filename or entry.name).name
+        return Found(entry.path, (0, 0), None, None, f"{name} cannot be read ({error.strerror or error})")
     key = (
-        stat.st_size,
-        stat.st_mtime_ns,
+        facts.st_size,
+        facts.st_mtime_ns,
         text_stat.st_size if text_stat else -1,
         text_stat.st_mtime_ns if text_stat else -1,
     )
@@ -76,10 +85,8 @@ def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: Index) -> 
         width, height, caption = known
         return Found(entry.path, key[:2], (width, height), caption)
     found = Found(entry.path, key[:2], None, None)
-    try:
-        found.size = picture_size(entry.path)
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        found.problem = f"its header cannot be read ({error})"
+    found.size, found.problem = size_of(entry.path)
+    if found.problem:
         return found
     if text_entry:
         found.caption, found.problem = read_caption(text_entry)
@@ -92,10 +99,14 @@ def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: Index) -> 
 def read_caption(entry: os.DirEntry) -> tuple[str | None, str]:
     """The text of a caption file, and what is wrong with it."""
     try:
+        if not entry.is_file():
+            return None, f"its caption {entry.name} is no regular file"
         with open(entry.path, "rb") as file:
             return file.read().decode("utf-8-sig").strip(), ""
     except UnicodeDecodeError as error:
         return None, f"its caption {entry.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
+    except OSError as error:
+        return None, f"its caption {entry.name} cannot be read ({error.strerror or error})"
 
 
 class Index:
@@ -133,8 +144,49 @@ class Index:
             partial.unlink(missing_ok=True)
 
 
+def opened(path: str | os.PathLike) -> Image.Image:
+    """A picture file, not yet decoded; only the formats that a dataset may hold are tried.
+
+    PIL knows some forty more, among them PostScript, for which it starts another program.
+    """
+    from PIL import Image
+
+    with contextlib.suppress(ImportError):
+        import pillow_jxl  # noqa: F401  (makes PIL read JPEG XL, where it is installed)
+    Image.init()
+    return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def size_of(path: str) -> tuple[tuple[int, int] | None, str]:
+    """(width, height) as shown, or None; and what is wrong with the file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for somebody who writes into it
+            return None, "it is no regular file"
+        return picture_size(path), ""
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise many kinds for damaged files
+        return None, reason(path, error, "its header cannot be read")
+
+
+def reason(path: str, error: Exception, what: str) -> str:
+    """What is wrong with a picture that gives this error, as far as its first bytes show it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256).lstrip().lower()
+    except OSError as fault:
+        return f"it cannot be read ({fault.strerror or fault})"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, not a picture; load it anew"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not a picture; load it anew with git lfs pull"
+    if not head:
+        return "it is empty"
+    return f"{what} ({str(error).splitlines()[0][:160] if str(error) else type(error).__name__})"
+
+
 def picture_size(path: str) -> tuple[int, int]:
-    """(width, height) as shown. PNG and BMP from their fixed header; the others through PIL, with EXIF orientation."""
+    """(width, height) as shown. A PNG's from its fixed header; the others through PIL, with EXIF orientation."""
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR" and not _png_may_turn(path):
@@ -142,22 +194,20 @@ def picture_size(path: str) -> tuple[int, int]:
         if not width or not height:
             raise ValueError("a size of 0")
         return width, height
-    from PIL import Image
-
-    with Image.open(path) as image:
+    with opened(path) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange width and height
         return (image.height, image.width) if turned else image.size
 
 
 def _png_may_turn(path: str) -> bool:
-    """Whether a PNG has an eXIf chunk before its pixels; chunks are skipped by their lengths."""
+    """Whether a PNG has a chunk before its pixels that may hold an orientation; chunks are skipped by their lengths."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             if kind == b"IDAT":
                 return False
-            if kind == b"eXIf":
+            if kind in (b"eXIf", b"iTXt"):  # the latter may be XMP, which can say it, too
                 return True
             file.seek(length + 4, os.SEEK_CUR)
     raise ValueError("it ends before its pixels begin")

@@ -15,6 +15,7 @@ from library.errors import ConfigError, DatasetError
 if TYPE_CHECKING:
     from library.families.family import FrameRule
 
+TEXTS = (".txt", ".caption")  # usual extensions of captions
 KNOWN = (".txt", ".caption", ".json", ".npz", ".toml", ".md")  # what lies beside pictures
 
 
@@ -82,7 +83,10 @@ def items_of(
     if caption is None:
         state = "is empty" if row.caption is not None else "is missing"
         file = f"{Path(row.path).stem}{subset.caption_extension}"
-        return fault(f"its caption ({file}) {state} (write one, or give the subset class_tokens as the caption of all)")
+        other = next((e for e in TEXTS if row.caption is None and Path(row.path).with_suffix(e).is_file()), None)
+        advice = "write one, or give the subset class_tokens as the caption of all"
+        advice = f"there is {Path(row.path).stem}{other}: set caption_extension = '{other}'" if other else advice
+        return fault(f"its caption ({file}) {state} ({advice})")
     weight = options.prior_loss_weight if subset.is_reg else 1.0
     item = Item(
         0, row.path, caption, row.size, row.stat, subset, dataset, BLANK, subset.num_repeats, subset.is_reg, weight
