@@ -171,7 +171,8 @@ def first_bad(trainer: NetworkTrainer, batch: Batch, number: int, index: int) ->
     outputs.captured = []
     try:
         trainer.runtime.seed(number, index)
-        with torch.enable_grad(), watching(trainer.denoiser) as found, trainer.runtime.autocast():
+        plainly = trainer.runtime.memory.plainly()
+        with torch.enable_grad(), plainly, watching(trainer.denoiser) as found, trainer.runtime.autocast():
             loss = trainer.step(batch).mean()
         tensors = outputs.captured[0] if outputs.captured else None
         cause = _bad_input(batch, tensors) or (found[0] if found else "")

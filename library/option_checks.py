@@ -127,6 +127,7 @@ RULES: tuple[Rule, ...] = (
     _rule("stochastic_rounding", lambda o: optimizer_name(o.optimizer_type) != "adamw8bitkahan",
           "with --optimizer_type AdamW8bitKahan, which keeps what rounding takes away"),
     _rule("cpu_offload_checkpointing", lambda o: o.gradient_checkpointing, "without --gradient_checkpointing"),
+    _rule("dynamo_backend", lambda o: o.torch_compile, "without --torch_compile"),
     _rule("sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap",
           lambda o: o.blocks_to_swap, "without --blocks_to_swap"),
     _rule("sample_blocks_to_swap highvram", lambda o: o.sample_prompts, "without --sample_prompts"),
@@ -310,6 +311,9 @@ def _check_memory(options: Options) -> None:
             "--cpu_offload_checkpointing does not go with --blocks_to_swap: both would fill the same bus to the host; "
             "remove one of them"
         )
+    if options.torch_compile and options.dynamo_backend == "cudagraphs" and options.blocks_to_swap:
+        raise ConfigError("--dynamo_backend cudagraphs wants weights that stay in their place, which --blocks_to_swap "
+                          "moves; choose inductor, or remove one of them")  # fmt: skip
     if options.attn_mode == "sageattn":
         raise ConfigError(
             "--attn_mode sageattn has no backward pass, so it cannot train; use it in the inference script"

@@ -40,7 +40,7 @@ NOT_OFFERED: dict[str, str] = {
     **_all("v_pred_like_loss debiased_estimation_loss", _DDPM),
     **_all("training_shift", "use --timestep_sampling sigma with --discrete_flow_shift"),
     **_all("mem_eff_attn xformers sdpa use_flash_attn use_sage_attn", _ATTENTION),
-    **_all("torch_compile dynamo_backend vae_chunk_size", _NOT_YET),
+    **_all("vae_chunk_size", _NOT_YET),
     **_all("lowram", "every weight goes straight from the memory map of its file to its place"),
     **_all("split_mode", "use --blocks_to_swap, which works in LoRA training and in a full fine-tune"),
     **_all("ddp_gradient_as_bucket_view ddp_static_graph", "no DistributedDataParallel is used"),

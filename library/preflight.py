@@ -62,6 +62,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     family, parts = check_parts(options.family, options)
     swap_plan.check(family, options)
     check_attention(options)
+    _check_compiler(options)
     trained = trained_parts(options, family)
     _check_network(options)
     _check_prompts(options, family)
@@ -144,6 +145,13 @@ def check_attention(options: Any) -> None:
         from library.memory.attention import kernel
 
         kernel(options.attn_mode)
+
+
+def _check_compiler(options: Options) -> None:
+    if options.torch_compile:
+        from library.memory import compiled
+
+        compiled.check(options)
 
 
 def _check_network(options: Options) -> None:

@@ -13,7 +13,6 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +83,16 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.zeros(shape))
 
 
+class _Place:
+    """Where an adapter is attached. A method of it, and no closure, so that compiled blocks can be the same code."""
+
+    def __init__(self, adapter: Adapter, index: int, base: Any) -> None:
+        self.adapter, self.index, self.base = adapter, index, base
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter._forward(self.index, self.base, x, *args, **kwargs)
+
+
 class Adapter(nn.Module):
     """Adapts one original module. Our modules are held outside the state dict. Subclasses fill in what raises here."""
 
@@ -139,7 +148,7 @@ class Adapter(nn.Module):
             raise ConfigError(f"the adapter of {self.name} is attached already; remove() it first")
         for index, module in enumerate(self.bases):
             self._previous.append(module.__dict__.get("forward"))
-            module.forward = partial(self._forward, index, module.forward)
+            module.forward = _Place(self, index, module.forward).forward
 
     def remove(self) -> None:
         """Give our modules their own `forward` back."""
@@ -179,7 +188,7 @@ class Adapter(nn.Module):
         (HunyuanImage's linear1), so nothing outlives the forward. Every forward draws afresh in the same order, so a
         checkpointed block that runs again under torch's restored generator draws the same mask.
         """
-        version = 0 if x.is_inference() else x._version
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), self.training)
         if self._shared is not None:
             kept, kept_key, left, result = self._shared

@@ -79,17 +79,21 @@ def kernel(mode: str) -> Kernel:
 
 
 class Attention:
-    """In place of torch's function, with its signature. `split`: items of a batch one after another."""
+    """In place of torch's function, with its signature. `split`: items of a batch one after another.
 
-    def __init__(self, mode: str = "torch", split: bool = False) -> None:
+    `compiled`: the blocks are, and a compiler has to leave this function alone, since it looks at masks' values.
+    """
+
+    def __init__(self, mode: str = "torch", split: bool = False, compiled: bool = False) -> None:
         self.kernel, self.split, self.own = kernel(mode), split, mode in ("torch", "sdpa")
+        self.function = torch.compiler.disable(self.__call__) if compiled else self
         self.seen: list[tuple[tuple, Tensor, list]] = []  # the masks looked at last, and what they let each item see
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, torch's function is this one."""
         before = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = self
+        F.scaled_dot_product_attention = self.function
         try:
             yield
         finally:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.checkpointing import checkpoint_blocks
+from library.checkpointing import blocks_of, checkpoint_blocks
 from library.memory import swap_plan
 from library.memory.activations import HostActivations
 from library.memory.attention import Attention
+from library.memory.compiled import CompiledBlocks
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe
 from library.memory.swap import BlockSwap
@@ -31,6 +32,7 @@ class DenoiserMemory:
         self.options, self.family, self.device = options, family, torch.device(device)
         self.swap: BlockSwap | None = None
         self.swapped = getattr(options, "blocks_to_swap", None) or 0
+        self.compiled: CompiledBlocks | None = None
 
     def loading(self, dtype: torch.dtype) -> Loading:
         return Loading(denoiser_recipe(self.options, self.family), self.device, dtype, self._names_on_host)
@@ -41,8 +43,10 @@ class DenoiserMemory:
         return {f"{block}.{name}" for block in blocks for name, _ in model.get_submodule(block).named_parameters()}
 
     def prepare(self, model: torch.nn.Module, *, trained: bool = False, checkpointed: bool = False) -> None:
-        """Wrap the blocks: swapped inside, checkpointed outside, so that a recomputation fetches its block again."""
+        """Wrap the blocks: compiled, then swapped, then checkpointed; a recomputation fetches its block again."""
         self.model = model
+        if getattr(self.options, "torch_compile", False):
+            self.compiled = CompiledBlocks(blocks_of(model, self.family.blocks), self.options.dynamo_backend)
         self._choose_attention(model)
         if self.swapped:
             self.swap = BlockSwap(
@@ -58,15 +62,21 @@ class DenoiserMemory:
             self.activations = HostActivations(self.device) if offload else None
             around = {"around": self.activations.around} if offload else {}
             checkpoint_blocks(model, self.family.blocks, **around)
+        if self.compiled is not None:
+            self.compiled.outermost()
 
     def _choose_attention(self, model: torch.nn.Module) -> None:
         mode, split = getattr(self.options, "attn_mode", None) or "torch", getattr(self.options, "split_attn", False)
         if mode in ("torch", "sdpa") and not split:
             return
-        attention = Attention(mode, split)
+        attention = Attention(mode, split, compiled=self.compiled is not None)
         model.forward = attention.wrapped(model.forward)
         for block in (block for name in self.family.blocks for block in model.get_submodule(name)):
             block.forward = attention.wrapped(block.forward)  # again in the backward pass, outside of the model's
+
+    def plainly(self) -> contextlib.AbstractContextManager:
+        """Inside, nothing is compiled."""
+        return self.compiled.paused() if self.compiled is not None else contextlib.nullcontext()
 
     def before_update(self) -> None:
         """The optimizer, saves and states find every weight, and its gradient, where they are to stay."""
