@@ -102,7 +102,7 @@ class NetworkTrainer:
             self._report_truncations()
         runtime.wait("caching")
         self.sample_conds = self._sample_conditions(encoders)  # a function: trained encoders give others every time
-        runtime.release(keep_text=not self.text.cached, keep_vae=not self.latents.cached)
+        runtime.release(keep_text=self.text.kept, keep_vae=not self.latents.cached)
 
     def _sample_conditions(self, encoders: Encoders) -> Callable[[], list[tuple]]:
         from library.sample import conditions_of
@@ -115,7 +115,7 @@ class NetworkTrainer:
 
         if self.plan.trained.any_text:
             return now
-        made = now()
+        made = [tuple({name: v.cpu() for name, v in cond.items()} for cond in pair) for pair in now()]
         return lambda: made
 
     def _report_truncations(self) -> None:

@@ -103,6 +103,7 @@ def settle(arguments: argparse.Namespace, family: Family) -> None:
     """Fill in what the command line leaves open, as the variant in this file is usually sampled."""
     usual = defaults_of(family)
     values = {"infer_steps": usual.sample_steps, "guidance_scale": usual.scale, "flow_shift": usual_shift(family)}
+    values["sample_sampler"] = usual.sample_sampler
     if family.frames:
         values["video_length"] = 1 if Path(arguments.save_path).suffix.lower() == ".png" else usual.frame_count
     for name, value in (values | {"embedded_guidance": usual.guidance_scale}).items():

@@ -7,7 +7,7 @@ import functools
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,8 @@ class Runtime:
             raise ConfigError("--mixed_precision bf16: this GPU has no bf16 arithmetic; use fp16, or no")
         torch.manual_seed(options.seed)  # the network's first weights are drawn from it
         self.dtype = DTYPES[options.mixed_precision]
-        self._vae = self._text = self._image = None
+        self._vae = self._image = None
+        self._text: dict[str, torch.nn.Module] = {}  # text encoders by part name
         self.memory = DenoiserMemory(options, self.family, self.device)
 
     @contextlib.contextmanager
@@ -126,17 +127,21 @@ class Runtime:
             self._image = [self._load(part, self.encoder_dtype) for part in self.family.image_encoders]
         return self._image
 
-    def load_text_encoders(self) -> tuple[list[torch.nn.Module], list[Any]]:
-        """(text encoders, tokenizers) in the family's order, on the device; frozen, but those that are fine-tuned."""
-        if self._text is None:
-            parts, trained = self.family.text_encoders, self.trained.text
-            models = [self._load_text_encoder(part, k < len(trained) and trained[k]) for k, part in enumerate(parts)]
+    def load_text_encoders(self, names: Collection[str] | None = None) -> tuple[list[torch.nn.Module], list[Any]]:
+        """(text encoders, tokenizers) in the family's order, on the device; frozen, but those that are fine-tuned.
+
+        Of the encoders only those of these part names, if any are given.
+        """
+        trained, loaded = self.trained.text, dict(self._text)
+        for k, part in enumerate(self.family.text_encoders):
+            if part.name not in loaded and (names is None or part.name in names):
+                self._text[part.name] = self._load_text_encoder(part, k < len(trained) and trained[k])
+        models = [self._text[p.name] for p in self.family.text_encoders if names is None or p.name in names]
+        if self.family.text_prefixes and self._text.keys() != loaded.keys():
             for model, prefix in zip(models, self.family.text_prefixes, strict=False):
                 model.binding.lora_key = prefix.removeprefix("lora_")
-            if self.family.text_prefixes:
-                self._merge_into(models)
-            self._text = (models, self.tokenizers)
-        return self._text
+            self._merge_into(models)
+        return models, self.tokenizers
 
     def _load_text_encoder(self, part: Part, is_trained: bool) -> torch.nn.Module:
         """One that is trained computes as the denoiser does; fine-tuned, it has float32 weights as that has."""
@@ -182,10 +187,9 @@ class Runtime:
     def tokenizers(self) -> list[Any]:
         return load_tokenizers(self.family, self.options)
 
-    def release(self, *, keep_text: bool, keep_vae: bool) -> None:
-        """Drop the encoders that the loop does not need, before the denoiser is loaded."""
-        if not keep_text:
-            self._text = None
+    def release(self, *, keep_text: Collection[str], keep_vae: bool) -> None:
+        """Drop the encoders that the loop does not need, before the denoiser is loaded; `keep_text` are part names."""
+        self._text = {name: model for name, model in self._text.items() if name in keep_text}
         if not keep_vae:
             self._vae = self._image = None
         if self.device.type == "cuda":
@@ -237,7 +241,7 @@ class Runtime:
                 yield self.load_vae()
             finally:
                 if not stays:
-                    self.release(keep_text=True, keep_vae=False)
+                    self.release(keep_text=self._text, keep_vae=False)
 
     def prepare_network(self, network: torch.nn.Module) -> None:
         """Network on the device in float32, or in half precision with --full_fp16/--full_bf16."""

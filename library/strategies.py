@@ -31,7 +31,7 @@ from library.memory.precision import text_recipe
 
 if TYPE_CHECKING:
     from library.data.dataset import Dataset, Item
-    from library.families.family import Cond, Family
+    from library.families.family import Cond, Family, PartlyLive
 
 STORED = torch.float16
 RECIPE = 1  # raised when the same inputs begin to give other latents or text
@@ -297,9 +297,10 @@ class LiveText:
     cached = False
 
     def __init__(
-        self, family: Family, load_encoders: Callable[[], tuple[list, list]], is_trained: bool = False
+        self, family: Family, load_encoders: Callable[..., tuple[list, list]], is_trained: bool = False
     ) -> None:
         self.family, self.load_encoders, self.is_trained = family, load_encoders, is_trained
+        self.kept = tuple(part.name for part in family.text_encoders)  # names of those that the loop needs
 
     def get(self, request: Request) -> Cond:
         """On the encoders' device, with gradients where the encoders are trained."""
@@ -310,15 +311,23 @@ class LiveText:
 
 
 class CachedText:
-    """Text outputs by caption, each once, at true length."""
+    """Text outputs by caption, each once, at true length; completed in the step where a family caches a part."""
 
     cached = True
 
-    def __init__(self) -> None:
+    def __init__(
+        self, rule: PartlyLive | None = None, load_encoders: Callable[..., tuple[list, list]] | None = None
+    ) -> None:
         self.memory: dict[Request, Cond] = {}
+        self.rule, self.load_encoders, self.kept = rule, load_encoders, rule.encoders if rule else ()
 
     def get(self, request: Request) -> Cond:
-        return self.memory[request]
+        if self.rule is None:
+            return self.memory[request]
+        encoders = self.load_encoders(self.kept)[0]
+        device = next(encoders[0].parameters()).device
+        with torch.no_grad():
+            return self.rule.complete(encoders, {k: v.to(device) for k, v in self.memory[request].items()})
 
 
 def plain_caption(item: Item) -> str:
@@ -329,7 +338,7 @@ def plain_caption(item: Item) -> str:
 def text_source(
     dataset: Dataset,
     family: Family,
-    load_encoders: Callable[[], tuple[list, list]],
+    load_encoders: Callable[..., tuple[list, list]],
     options: Any,
     extra: Iterable[Request] = (),
     rank: int = 0,
@@ -341,7 +350,7 @@ def text_source(
     if not options.cache_text_encoder_outputs:
         return LiveText(family, load_encoders, is_trained)
     requests = text_requests(dataset, family, extra)
-    source = CachedText()
+    source = CachedText(family.partly_live, load_encoders)
     store, identities = None, {}
     if options.cache_text_encoder_outputs_to_disk:
         folder = cache_folder(options, dataset)
@@ -403,9 +412,10 @@ def _encode_texts(
 ) -> None:
     encoders, tokenizers = load_encoders()
     device = next(encoders[0].parameters()).device
+    encode = source.rule.encode if source.rule else family.encode
     for request in requests:
         with torch.no_grad():
-            given = family.encode(encoders, tokenizers, request.text(family), device)
+            given = encode(encoders, tokenizers, request.text(family), device)
         cond = {name: value.cpu().contiguous() for name, value in given.items()}
         if not all(torch.isfinite(value).all() for value in cond.values()):
             raise DatasetError(f"the text encoder gives no finite numbers for the caption {request.caption[:80]!r}")

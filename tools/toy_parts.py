@@ -93,6 +93,16 @@ def mistral(width: int, vocabulary: int) -> Made:
     }, {"head_dim": "8"}  # fmt: skip
 
 
+def llama31(width: int, vocabulary: int) -> Made:
+    from library.components import llama3
+
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": llama3.NORM_EPS,
+        "rope_parameters": {"rope_theta": llama3.ROPE_THETA, "rope_type": "llama3"} | llama3.STRETCHED,
+    }, {"head_dim": "16"}  # fmt: skip
+
+
 def t5(width: int, vocabulary: int) -> Made:
     return {
         "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
@@ -118,6 +128,11 @@ def clip(width: int, vocabulary: int) -> Made:
         "layer_norm_eps": 1e-5, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
     }, {}  # fmt: skip
+
+
+def clip_long(width: int, vocabulary: int) -> Made:
+    """With as many positions as HiDream's own files have."""
+    return clip(width, vocabulary)[0] | {"max_position_embeddings": 248}, {}
 
 
 def clip_bare(width: int, vocabulary: int) -> Made:
@@ -171,6 +186,15 @@ TOYS: dict[str, Toy] = {
     "cosmos_predict2": Toy(toy_vaes.wan21(), {"t5xxl": ToyText(old_t5, 64, "t5")}),
     "flux": Toy(vae_ldm(16), {"clip_l": ToyText(clip_bare, 32, "clip"), "t5xxl": ToyText(t5, 64, "t5")}),
     "flux2": Toy(toy_vaes.flux2(), {"text_encoder": ToyText(mistral, 32, "mistral")}),
+    "hidream": Toy(
+        vae_ldm(16),
+        {
+            "clip_l": ToyText(clip_long, 32, "clip"),
+            "clip_g": ToyText(clip_long, 32, "clip"),
+            "t5xxl": ToyText(t5, 64, "t5"),
+            "llama3": ToyText(llama31, 64, "bos"),
+        },
+    ),
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
     ),

@@ -22,8 +22,9 @@ STRETCHED = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "original_max_position_embeddings": MAX_POSITIONS,
 }
+STRETCHED_POSITIONS = 131_072
 TEKKEN_VOCABULARY = 131072  # Mistral's
 
 
@@ -38,9 +39,11 @@ def _normed(shapes: Mapping[str, Shape]) -> bool:
 def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str, rope: str) -> dict[str, Any]:
     """LlamaConfig; `rope` is the published kind, "default" or "llama3"."""
     out = decoder.sizes(shapes, metadata, layout, theta=ROPE_THETA)
-    if stated(metadata, "rope_type", rope) == "llama3":
+    is_stretched = stated(metadata, "rope_type", rope) == "llama3"
+    if is_stretched:
         out["rope_parameters"] |= STRETCHED
-    return out | {"rms_norm_eps": NORM_EPS, "max_position_embeddings": MAX_POSITIONS}
+    positions = STRETCHED_POSITIONS if is_stretched else MAX_POSITIONS
+    return out | {"rms_norm_eps": NORM_EPS, "max_position_embeddings": positions}
 
 
 def build(configuration: dict[str, Any]) -> torch.nn.Module:

@@ -15,6 +15,7 @@ FAMILIES: dict[str, str] = {
     "cosmos_predict2": "library.families.cosmos_predict2:COSMOS_PREDICT2",
     "flux": "library.families.flux:FLUX",
     "flux2": "library.families.flux2:FLUX2",
+    "hidream": "library.families.hidream:HIDREAM",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",

@@ -48,6 +48,15 @@ class ItemInput:
 
 
 @dataclass(frozen=True)
+class PartlyLive:
+    """Text of which a cache holds a part, because all of it would fill the disk; the rest is made in every step."""
+
+    encode: Callable[..., Cond]  # (text encoders, tokenizers, Text, device) -> what is cached
+    encoders: tuple[str, ...]  # names of the text encoders that stay loaded
+    complete: Callable[..., Cond]  # (those encoders, what is cached, on their device) -> what `Family.encode` gives
+
+
+@dataclass(frozen=True)
 class FrameRule:
     """How many frames a video model takes, `multiple` * k + `offset`, and the rate that it was trained at."""
 
@@ -142,6 +151,7 @@ class Family:
     encode_item: Callable[..., Cond] | None = None
     # (Cond, latents [C,F,h,w], number in 0..1 that is drawn for an item in every step, options) -> Cond of this step
     vary: Callable[..., Cond] | None = None
+    partly_live: PartlyLive | None = None  # how text is cached that is too large for it; None = as `encode` gives it
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
     max_controls: int = 0  # control pictures that one item can have
     least_controls: int = 0  # and must have

@@ -8,10 +8,15 @@ Released files have diffusers' names.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.families.family import Cond, Part
+from library.components import clip, hidream_text, llama3, t5, vae_ldm
+from library.families.family import Cond, Family, Part, PartlyLive
 from library.layout import Shape, count, identity
+from library.objective import FLOW, Sampler
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -91,3 +96,85 @@ def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list
 
     inputs = (sigma.float() * 1000, batch("text"), batch("llama", 1), batch("pooled"))
     return -denoiser(noisy.to(dtype), *inputs, return_dict=False)[0].float()
+
+
+def fresh_noise(x: Tensor, velocity: Tensor, now: Tensor, then: Tensor, fresh: Any) -> Tensor:
+    """The data that is predicted, with new noise: how HiDream's code samples dev and fast, and ComfyUI's `lcm`."""
+    return (1 - then) * (x - now * velocity) + then * fresh()
+
+
+def distilled(options: Any) -> tuple[str, ...]:
+    return ("dev and fast are distilled and lose that in training; train a LoRA on full and use it on them",)
+
+
+def variant_of(options: Any) -> Family:
+    """The record with the run's Llama tokens and cache; steps and sampler of the model that is asked for."""
+    length, version = options.max_llama3_sequence_length, options.model_version
+    usual = VERSIONS[version]
+    stored = hasattr(options, "given") and options.cache_llama3
+    own = {"length": length}
+    live = PartlyLive(partial(hidream_text.encode_cached, **own), ("llama3",), hidream_text.complete)
+    return replace(
+        HIDREAM,
+        title=f"HiDream I1 {version.capitalize()}",
+        architecture=f"hidream-i1-{version}",
+        tokenize=partial(hidream_text.tokenize, **own),
+        encode=partial(hidream_text.encode, **own),
+        partly_live=None if stored else live,
+        recipe=f"llama {length}{' stored' if stored else ''}",
+        sampling=usual | {"sample_sampler": options.sample_sampler or usual["sample_sampler"]},
+        advice=HIDREAM.advice if version == "full" else distilled,
+    )
+
+
+# Of HiDream's published inference code.
+VERSIONS: dict[str, dict[str, Any]] = {
+    "full": {"sample_steps": 50, "scale": 5.0, "flow_shift": 3.0, "sample_sampler": "euler"},
+    "dev": {"sample_steps": 28, "flow_shift": 6.0, "sample_sampler": "lcm"},
+    "fast": {"sample_steps": 16, "flow_shift": 3.0, "sample_sampler": "lcm"},
+}
+OPTIONS = (
+    Option(
+        "model_version", "str", "full", "which model it is: how pictures of it are drawn", choices=tuple(VERSIONS)
+    ),
+    Option("max_llama3_sequence_length", "int", hidream_text.TOKENS, "Llama's tokens of a caption", low=2),
+    Option("sample_sampler", "str", None, "sampler of pictures; euler, of dev and fast lcm", choices=("euler", "lcm")),
+)  # fmt: skip
+HIDREAM = Family(
+    name="hidream",
+    title="HiDream I1",
+    denoiser=DENOISER,
+    vae=vae_ldm.part("a Flux-type VAE", channels=16),
+    text_encoders=(
+        clip.large(), clip.big(), t5.xxl(folder="text_encoder_3"), llama3.llama31(),
+    ),  # fmt: skip
+    tokenize=hidream_text.tokenize,
+    encode=hidream_text.encode,
+    encode_image=partial(vae_ldm.encode, shift=vae_ldm.FLUX[0], scale=vae_ldm.FLUX[1]),
+    decode_latents=partial(vae_ldm.decode, shift=vae_ldm.FLUX[0], scale=vae_ldm.FLUX[1]),
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    defaults={"timestep_sampling": "sigmoid"},  # diffusion-pipe's default: logit-normal, no shift
+    options=(
+        *OPTIONS,
+        Option("cache_llama3", "flag", False, "cache Llama's states with the other text outputs, 34 MB a caption, "
+               "instead of keeping Llama loaded"),
+    ),  # fmt: skip
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="hidream-i1",
+    base_model_version="hidream_i1",
+    resolution=1024,
+    objective=replace(
+        FLOW, samplers={"lcm": Sampler(FLOW.times, fresh_noise)}
+    ),
+    variant_of=variant_of,
+    inference_options=OPTIONS,
+    sampling=VERSIONS["full"],
+    text_widths=lambda denoiser: (None, None, *denoiser["caption_channels"]),
+    released={"denoiser": "hidream", "vae": "vae_flux", "clip_l": "te_clip_l", "clip_g": "te_clip_g",
+              "t5xxl": "te_t5xxl", "llama3": "te_llama3_8b"},
+)  # fmt: skip

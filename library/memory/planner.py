@@ -97,6 +97,8 @@ class Planner:
         self.encoder_dtype = torch.bfloat16 if accelerator else torch.float32
         self.notes: list[str] = []
         self.sketches: dict[str, tuple[sketch.Sketch, str]] = {}
+        self.encoder_bytes = 0  # of the text encoders that stay loaded while training
+        self.cached_text: Cond = {}  # what is cached of a caption, as shapes
 
     # ---------------------------------------------------------------- models
 
@@ -138,8 +140,12 @@ class Planner:
             encoders = [self.load(part, self.encoder_dtype, text_recipe(options, part)) for part in parts]
             weights = tracker.live
             tracker.restart()
-            cond = self.family.encode(encoders, tokenizers, Text(self.work.caption), "cpu")
-            shapes = {name: (tuple(value.shape), value.dtype) for name, value in cond.items()}
+            rule = self.family.partly_live if options.cache_text_encoder_outputs else None
+            if rule:
+                self.cached_text = _shapes(rule.encode(encoders, tokenizers, Text(self.work.caption), "cpu"))
+                live = [model for part, model in zip(parts, encoders, strict=True) if part.name in rule.encoders]
+                self.encoder_bytes = sum(map(_bytes_of, live))
+            shapes = _shapes(self.family.encode(encoders, tokenizers, Text(self.work.caption), "cpu"))
             return Account(tracker.peak, {"weights": weights, "activations": tracker.peak - weights}), shapes
 
     def tokenizers(self) -> list[Any]:
@@ -169,7 +175,7 @@ class Planner:
             tracker.restart()
             latents = self.family.encode_image(vae, self.pixels(batch))
             extra = {} if self.family.encode_item is None else self.family.encode_item(vae, others, self.item())
-            shapes = {name: (tuple(value.shape), value.dtype) for name, value in extra.items()}
+            shapes = _shapes(extra)
             account = Account(tracker.peak, {"weights": weights, "activations": tracker.peak - weights})
             return account, tuple(latents.shape[1:]), shapes
 
@@ -216,6 +222,10 @@ class Planner:
             "activations": tracker.peak - weights - adapter - gradients,
         })  # fmt: skip
         host = Account()
+        if self.encoder_bytes:
+            where = host if options.text_encoder_cpu else device
+            where.peak += self.encoder_bytes
+            where.parts["encoders"] = self.encoder_bytes
         if sampled:
             device.parts["samples"] = sampled
             device.parts["activations"] -= sampled
@@ -296,6 +306,10 @@ class Planner:
         return Account(max(weights + step, decode), {"weights": weights, "activations": step, "decoding": decode})
 
 
+def _shapes(cond: Cond) -> Cond:
+    return {name: (tuple(value.shape), value.dtype) for name, value in cond.items()}
+
+
 def _bytes_of(module: torch.nn.Module) -> int:
     seen = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*module.parameters(), *module.buffers())}
     return sum(seen.values())
@@ -347,7 +361,7 @@ def make(options: Any, family: Family, work: Work, accelerator: bool = True) -> 
     phases = {"text": text, "latents": latents, "training": device}
     if options.sample_prompts:
         phases["sampling"] = planner.sampling(shape, cond | extra, device.parts["weights"])
-    cached = _cached(options, work, shape, cond, extra)
+    cached = _cached(options, work, shape, planner.cached_text or cond, extra)
     resident = {} if accelerator else cached["memory"]
     peak = max(phases, key=lambda name: phases[name].peak)
     return {

@@ -10,6 +10,7 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Experts(MOEFeedForwardSwiGLU):
@@ -23,11 +24,19 @@ class Experts(MOEFeedForwardSwiGLU):
         chosen, weights, _ = self.gate(x)  # [tokens, experts per token]
         flat, many = chosen.flatten(), self.num_activated_experts
         order = flat.argsort(stable=True)
-        counts = (flat[:, None] == torch.arange(len(self.experts), device=x.device)).sum(0).tolist()
+        counts = _on_host((flat[:, None] == torch.arange(len(self.experts), device=x.device)).sum(0), len(flat))
         groups = x.flatten(0, 1).repeat_interleave(many, 0)[order].split(counts)
         out = torch.cat([expert(group) for expert, group in zip(self.experts, groups, strict=True)])
         out = out[order.argsort()].unflatten(0, (-1, many)) * weights.unsqueeze(-1)
         return out.sum(1).to(x.dtype).view_as(x) + self.shared_experts(x)
+
+
+def _on_host(counts: Tensor, total: int) -> list[int]:
+    """The numbers of tokens; equal shares where the memory plan computes with tensors that have no values."""
+    if isinstance(counts, FakeTensor):
+        share, rest = divmod(total, len(counts))
+        return [share + (k < rest) for k in range(len(counts))]
+    return counts.tolist()
 
 
 class HiDream(HiDreamImageTransformer2DModel):
