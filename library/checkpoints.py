@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -283,8 +284,12 @@ def load_from(
 
     path, shapes = checkpoint.path, checkpoint.shapes
     config = configuration(part, path, shapes, facts(part, checkpoint), layout_name) if config is None else config
-    with torch.device("meta"):
-        model = part.build(config)
+    try:
+        with torch.device("meta"):
+            model = part.build(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ConfigError(f"{path} does not fit {part.title}: there is no model of its sizes ({reason})") from error
     ours = shapes_of(model)
     layout = layout_of(part, layout_name, ours)
     extras = _check(part, path, layout, shapes)
@@ -315,11 +320,13 @@ def configuration(
     part: Part, path: Path | str, shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str
 ) -> dict[str, Any]:
     """The model's configuration from a file. Raises ConfigError if a tensor that tells the size lacks or is odd."""
+    if far := next((key for key in shapes if any(len(n) > 3 and n.isdigit() for n in key.split("."))), None):
+        raise ConfigError(f"{path} does not fit {part.title}: it names {far[:80]!r}, and no model has so many blocks")
     try:
         return part.config(shapes, metadata, layout)
     except KeyError as error:
         raise ConfigError(f"{path} does not fit {part.title}: {error.args[0]} is missing; load it anew") from None
-    except (IndexError, ValueError, ZeroDivisionError):
+    except (IndexError, ValueError, ZeroDivisionError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"{path} does not fit {part.title}: its tensors do not have the shapes of one") from None
 
 
@@ -361,15 +368,8 @@ def check_part(part: Part, path: str | None, option: str) -> str:
         raise ConfigError(f"{option} {path}: no such file or folder")
     checkpoint, layout = find_part(part, path)
     kinds = sorted({checkpoint.info(key).dtype for key in checkpoint.shapes})
-    count = sum(_numel(shape) for shape in checkpoint.shapes.values())
+    count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
     return f"{path}: {part.title}, {layout} names, {count / 1e6:,.1f} M parameters, {'/'.join(kinds)}"
-
-
-def _numel(shape: Shape) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def save_part(

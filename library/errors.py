@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterable
 class UserError(Exception):
     exit_code = 2
 
+    def __str__(self) -> str:
+        """One line, whatever is quoted in it: a file's name may hold line ends and codes that a terminal obeys."""
+        return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in super().__str__())
+
 
 class ConfigError(UserError):
     """An option, a configuration file or a model file is not what it has to be."""

@@ -69,7 +69,8 @@ def read_header(path: Path | str) -> Header:
         raise ConfigError(f"{path} is not a safetensors file: its header is not JSON; load it anew") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a safetensors file: its header is no table")
-    metadata = content.pop("__metadata__", None) or {}
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ConfigError(f"{path}: the metadata in its header is not a table of texts")
     tensors = {key: _tensor(path, key, value) for key, value in content.items()}

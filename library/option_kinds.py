@@ -215,5 +215,5 @@ def literal(text: str) -> Any:
         return words[text.strip().lower()]
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two: nested too deeply
         return text

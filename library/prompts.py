@@ -84,7 +84,7 @@ def _from_toml(path: Path) -> list[dict[str, Any]]:
 def _from_json(text: str, path: Path) -> list[Any]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--sample_prompts {path} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
         raise ConfigError(f"--sample_prompts {path}: a list of texts or tables is expected")

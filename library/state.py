@@ -36,7 +36,7 @@ FREE = frozenset(
     "text_encoder_batch_size save_n_epoch_ratio save_format save_precision wandb_run_name resume_anyway "
     "validate_every_n_steps validate_every_n_epochs max_validation_steps training_comment no_metadata "
     "network_weights fallback_output_dir log_every_n_steps log_tracker_name log_tracker_config ddp_timeout skip_bad "
-    "save_model_as metadata_title metadata_author metadata_description metadata_license metadata_tags "
+    "check_data save_model_as metadata_title metadata_author metadata_description metadata_license metadata_tags "
     "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor "
     "metadata_is_negative_embedding "
     "fused_backward_pass blocks_to_swap sample_blocks_to_swap block_swap_ring_size use_pinned_memory_for_block_swap "

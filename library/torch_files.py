@@ -73,8 +73,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     """Name -> tensor. Raises ConfigError for what is no file of plain tensors."""
     import torch
 
-    if not zipfile.is_zipfile(path):
-        raise ConfigError(f"{path} is not a file of torch 1.6 or later, or it is truncated; load it anew or convert it")
+    _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
@@ -82,7 +81,9 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than plain tensors, which is not loaded because it can run code; "
             "convert it to safetensors where you trust it"
         ) from None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's reader raises many kinds for damaged files
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ConfigError(f"{path} cannot be read as a torch file ({reason}); load it anew") from None
     found = _weights(content)
@@ -92,6 +93,22 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if odd:
         raise ConfigError(f"{path}: tensors of {odd[0]} are not read; convert it to safetensors")
     return found
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ConfigError unless the file is an archive as torch writes it, in which nothing is compressed.
+
+    What is compressed could be a thousand times larger than the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:  # zipfile raises many kinds for damaged files
+        raise ConfigError(
+            f"{path} is not a file of torch 1.6 or later, or it is truncated; load it anew or convert it"
+        ) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
+        raise ConfigError(f"{path} is compressed, which torch's own files are not; convert it to safetensors")
 
 
 def _weights(content: Any) -> dict[str, Tensor]:

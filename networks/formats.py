@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -181,17 +182,18 @@ def read(tensors: Mapping[str, Tensor], names: Names, source: str = "the LoRA") 
 
 
 def _content(tensors: Mapping[str, Tensor], keys: Mapping[str, str], place: Place, source: str) -> dict[str, Any]:
-    down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float().flatten(1)
-    rank, width = down.shape[0], down.flatten(1).shape[1]
+    down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float()
     inner = place.layout.our_shape(place.entry)[1:]
-    expected = 1
-    for n in inner:
-        expected *= n
-    if width != expected or up.shape != (place.rows, rank):
+    expected = math.prod(inner)
+    rank = down.shape[0] if down.ndim > 1 else 0
+    if not rank or up.ndim < 2 or math.prod(down.shape[1:]) != expected or up.flatten(1).shape != (place.rows, rank):
         raise ConfigError(
             f"{source}: {keys['down']} {tuple(down.shape)} and {keys['up']} {tuple(up.shape)} do not fit {place.name}, "
             f"which takes {expected} inputs and gives {place.rows}; the LoRA is for a model of another size"
         )
+    up = up.flatten(1)
+    if "alpha" in keys and not (tensors[keys["alpha"]].numel() == 1 and math.isfinite(tensors[keys["alpha"]])):
+        raise ConfigError(f"{source}: {keys['alpha']} is no number; the file is damaged")
     alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else float(rank)
     return {"down": down.reshape(rank, *inner), "up": up, "alpha": alpha or float(rank)}
 

@@ -204,7 +204,7 @@ def pattern_texts(text: str | None, name: str = "patterns") -> list[str]:
         return [part.strip() for part in text.split(",") if part.strip()]
     try:
         items = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         items = None
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ConfigError(f"network_args: {name}={text} is not a Python list of strings")
@@ -328,7 +328,7 @@ def _was_split(file: Any) -> bool:
     try:
         recorded = json.loads(header_of(file)[1].get("ss_network_args") or "{}")
         return isinstance(recorded, dict) and _flag("split_qkv", recorded.get("split_qkv"))
-    except (ValueError, ConfigError):
+    except (ValueError, RecursionError, ConfigError):
         return False  # another program's metadata
 
 

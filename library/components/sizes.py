@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def stated(metadata: Mapping[str, str], name: str, published: Any) -> Any:
     """The published number, unless the header states another as JSON. Raises ValueError if that is no JSON."""
-    return json.loads(metadata[name]) if name in metadata else published
+    try:
+        return json.loads(metadata[name]) if name in metadata else published
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
 
 
 def width_of(configuration: Mapping[str, Any]) -> int:

@@ -8,12 +8,12 @@ the result is exact.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from library.components import chunks, vae_ldm
+from library.components.sizes import stated
 from library.components.video import as_video, check_frames
 from library.errors import ConfigError
 from library.families.family import Part
@@ -185,7 +185,7 @@ def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str
 def statistics(channels: int, metadata: Mapping[str, str]) -> tuple[list[float], list[float]]:
     """Mean and deviation of the latents, from the header or the published table."""
     if MEAN_KEY in metadata and STD_KEY in metadata:
-        mean, deviation = json.loads(metadata[MEAN_KEY]), json.loads(metadata[STD_KEY])
+        mean, deviation = stated(metadata, MEAN_KEY, None), stated(metadata, STD_KEY, None)
     else:
         mean, deviation = STATISTICS.get(channels, ((), ()))
     if not len(mean) == len(deviation) == channels:

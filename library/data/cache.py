@@ -1,9 +1,9 @@
 """Caches by content: an entry is found by what it was made from, never because a file of that name exists.
 
 The identity of an entry is a text (picture's content hash, preprocessing, encoder's content hash, recipe); its file is
-named after the hash of that text and holds the text itself and a checksum of its tensors. A file that is truncated,
-damaged or of another identity is as good as absent: it is counted and made anew. Files are complete before they get
-their name; there is no fsync, since a file that a power cut spoils is noticed when it is read.
+named after the hash of that text and holds the text itself and a checksum of its tensors, their names and shapes. A
+file that is truncated, damaged or of another identity is as good as absent: it is counted and made anew. Files are
+complete before they get their name; there is no fsync, since a file that a power cut spoils is noticed when it is read.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import os
 import threading
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from library.errors import DiskError
 
@@ -49,13 +50,9 @@ class Store:
             data = path.read_bytes()
         except OSError:
             return None
-        try:
-            size = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-            if metadata["identity"] == identity and metadata["checksum"] == checksum(data[8 + size :]):
-                return load(data)
-        except (ValueError, KeyError, TypeError):
-            pass
+        metadata = sealed(data)
+        if metadata is not None and metadata.get("identity") == identity:
+            return load(data)
         self.damaged += 1
         return None
 
@@ -65,7 +62,8 @@ class Store:
 
         bare = save(tensors)
         start = 8 + int.from_bytes(bare[:8], "little")
-        data = save(tensors, {"identity": identity, "checksum": checksum(bare[start:])})
+        told = checksum(json.loads(bare[8:start]), bare[start:])
+        data = save(tensors, {"identity": identity, "checksum": told})
         path = self.path(identity)
         partial = path.with_name(f".{uuid.uuid4().hex}.partial")
         try:
@@ -79,8 +77,22 @@ class Store:
             ) from None
 
 
-def checksum(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def sealed(data: bytes) -> dict[str, str] | None:
+    """The metadata of an entry that is as it was written; None for any other file."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.pop("__metadata__")
+        return metadata if metadata["checksum"] == checksum(header, data[8 + size :]) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def checksum(header: Mapping[str, Any], data: bytes) -> str:
+    """Of the values of an entry and of what its header, without metadata, says about them."""
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    digest.update(data)
+    return digest.hexdigest()
 
 
 class ContentHashes:

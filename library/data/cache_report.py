@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.cache import HASHES, checksum
+from library.data.cache import HASHES, sealed
 from library.errors import ConfigError
 from library.headers import read_header
 
@@ -86,11 +86,8 @@ def look(path: Path, kind: str, *, whole: bool = False) -> Entry:
         tensors = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
         if hashlib.sha256(identity.encode()).hexdigest() != path.stem:
             return Entry(path, kind, size, identity, tensors, "it is not what its name says")
-        if whole:
-            with open(path, "rb") as file:
-                file.seek(header.data_start)
-                if checksum(file.read()) != header.metadata.get("checksum"):
-                    return Entry(path, kind, size, identity, tensors, "its bytes are not those that were written")
+        if whole and sealed(path.read_bytes()) is None:
+            return Entry(path, kind, size, identity, tensors, "its bytes are not those that were written")
     except ConfigError as error:
         return Entry(path, kind, size, problem=str(error).replace(f"{path} ", "").replace(f"{path}: ", ""))
     except OSError as error:

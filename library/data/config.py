@@ -192,7 +192,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             return json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
     from library.options import read_toml
 

@@ -45,7 +45,7 @@ def _entries(text: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
             return [(line["video_path"] if "video_path" in line else line["image_path"], line) for line in lines]
         content = json.loads(text)
         return [(key, value if isinstance(value, dict) else {"caption": value}) for key, value in content.items()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"metadata_file {path} is not valid: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise DatasetError(
@@ -57,13 +57,23 @@ def _is_video(row: Found) -> bool:
     return Path(row.path).suffix.lower() not in EXTENSIONS or Path(row.path).is_dir()
 
 
-def _found(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
+def _text(entry: dict[str, Any], name: str, key: str, source: Path) -> str:
+    """A value that is a text, or is not there."""
+    value = entry.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DatasetError(f"metadata_file {source}: {name} of {key[:200]} is {str(value)[:80]!r}, and no text")
+    return (value or "").strip()
+
+
+def _found(key: Any, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
+    if not isinstance(key, str):
+        raise DatasetError(f"metadata_file {source}: {str(key)[:80]!r} is no path of a file")
     folders = [folder for folder in (subset.image_dir, subset.video_directory) if folder]
     path = _picture(key, folders, source)
     if path is None:
         where = f" in {' or '.join(folders)}" if folders else ""
-        raise DatasetError(f"metadata_file {source}: {key} is not found{where}")
-    caption, tags = (entry.get("caption") or "").strip(), (entry.get("tags") or "").strip()
+        raise DatasetError(f"metadata_file {source}: {key[:200]} is not found{where}")
+    caption, tags = (_text(entry, name, key, source) for name in ("caption", "tags"))
     stat = path.stat()
     found = Found(str(path), (stat.st_size, stat.st_mtime_ns), None, None)
     joined = subset.caption_separator.rstrip() + " "
@@ -115,11 +125,20 @@ def _picture(key: str, folders: Sequence[str], source: Path) -> Path | None:
     """
     places = [Path(folder) for folder in folders] or [Path("."), source.parent]
     for base in (place / key for place in places):  # an absolute key stays what it is
-        if base.suffix.lower() in EXTENSIONS | VIDEOS:
-            if base.is_file():
-                return base
-        elif found := next((p for e in sorted(EXTENSIONS) if (p := base.with_name(base.name + e)).is_file()), None):
-            return found
-        if base.is_dir():
-            return base
+        try:
+            if found := _there(base):
+                return found
+        except (OSError, ValueError):  # a name that no file can have
+            return None
     return None
+
+
+def _there(base: Path) -> Path | None:
+    if base.suffix.lower() in EXTENSIONS | VIDEOS:
+        if base.is_file():
+            return base
+    elif base.name and (
+        found := next((p for e in sorted(EXTENSIONS) if (p := base.with_name(base.name + e)).is_file()), None)
+    ):
+        return found
+    return base if base.is_dir() else None

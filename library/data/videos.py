@@ -72,6 +72,8 @@ def _opened(file: str) -> Iterator[tuple[Any, Any]]:
         if not container.streams.video:
             raise ValueError("there is no video in it")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ValueError("nothing here decodes its format")
         stream.thread_type = "AUTO"
         yield container, stream
 
