@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from library.batches import Batch, Step
     from library.options import Options
     from library.strategies import Encoders
+    from library.turns import Turns
 
 
 class NetworkTrainer:
@@ -68,6 +69,7 @@ class NetworkTrainer:
             self.denoiser = self.runtime.load_denoiser()
             self.encoders = list(self.runtime.trained_encoders.values())
             self.network = self._create_network() if self.options.network_module else None
+            self.turns, self.sigma_options = self._turns(), self.options
             whole = self.network is None
             self.runtime.prepare_denoiser(self.denoiser, trained=whole and self.plan.trained.denoiser)
             if whole and self.encoders:
@@ -135,32 +137,57 @@ class NetworkTrainer:
                 multiplier, path, None, [], self.denoiser, for_inference=True
             )
             self.runtime.add_base(base, path, weights, self.denoiser)
-        if options.dim_from_weights:
-            network, _ = module.create_network_from_weights(
-                1.0, options.network_weights, None, self.encoders, self.denoiser, **arguments
-            )
+        pair = self.family.pair
+        if pair and pair.apart:
+            from networks.pair import PairNetwork
+
+            network = PairNetwork(pair.names, lambda: self._new_network(module, arguments))
         else:
-            arguments.setdefault("dropout", options.network_dropout)
-            if arguments["dropout"] is None:
-                del arguments["dropout"]
-            network = module.create_network(
-                1.0,
-                options.network_dim,
-                options.network_alpha,
-                None,
-                self.encoders,
-                self.denoiser,
-                neuron_dropout=options.network_dropout,
-                **arguments,
-            )
-        if network is None:
-            raise ConfigError(f"--network_module {options.network_module} gave no network for these options")
+            network = self._new_network(module, arguments)
         set_rates(network, self.family, options)
         network.apply_to(self.encoders, self.denoiser, bool(self.encoders), self.plan.trained.denoiser)
         if options.network_weights:
             print(f"network weights: {network.load_weights(options.network_weights)}")
         self.runtime.prepare_network(network)
         return network
+
+    def _new_network(self, module: Any, arguments: dict[str, Any]) -> torch.nn.Module:
+        options = self.options
+        if options.dim_from_weights:
+            return module.create_network_from_weights(
+                1.0, options.network_weights, None, self.encoders, self.denoiser, **arguments
+            )[0]
+        arguments.setdefault("dropout", options.network_dropout)
+        if arguments["dropout"] is None:
+            del arguments["dropout"]
+        network = module.create_network(
+            1.0,
+            options.network_dim,
+            options.network_alpha,
+            None,
+            self.encoders,
+            self.denoiser,
+            neuron_dropout=options.network_dropout,
+            **arguments,
+        )
+        if network is None:
+            raise ConfigError(f"--network_module {options.network_module} gave no network for these options")
+        return network
+
+    def _turns(self) -> Turns | None:
+        from library.turns import Turns
+
+        width, height = self.dataset.items[0].placement.bucket
+        side = self.family.pixel_multiple
+        return Turns(self.family, self.options, (width // side) * (height // side)) if self.family.pair else None
+
+    def take_turn(self, number: int) -> None:
+        """Of two experts, the one that the optimizer step `number` trains: its noise levels, and its own network."""
+        if self.turns is not None:
+            index = self.turns.of(number)
+            self.sigma_options = self.turns.options[index]
+            if self.family.pair.apart:
+                self.network.take_turn(index)
 
     def _create_optimizer(self) -> None:
         import torch
@@ -215,6 +242,7 @@ class NetworkTrainer:
         self.stops.in_loop = True  # from here on a stop waits for the end of the step
         for step in self.loader(self.position.step):
             outputs.step_begins()
+            self.take_turn(step.number)
             optim.begin_step(self.optimizer, step.number)
             if self.network is not None:
                 self.network.on_epoch_start(
@@ -250,7 +278,7 @@ class NetworkTrainer:
 
         options, objective = self.options, self.family.objective
         x0, conds, draws = self.conditions(batch)
-        sigma = self.runtime.sigma(draws.uniform, x0)
+        sigma = self.runtime.sigma(draws.uniform, x0, self.sigma_options)
         noisy = objective.noisy(x0, self.runtime.perturbed(draws), sigma)
         predicted = self.family.predict(self.denoiser, noisy, sigma, conds)
         target = objective.target(x0, draws.noise, sigma, options)
@@ -308,14 +336,22 @@ class NetworkTrainer:
 
     # ---------------------------------------------------------------- what is written
 
-    def save(self, path: Path, metadata: dict[str, str]) -> str:
-        """Write the network or the model under the family's names; returns the line about its keys."""
+    @property
+    def networks(self) -> dict[str, Any]:
+        """What is saved, by what its file's name says besides: one thing "", or the networks of both experts."""
+        pair = self.family.pair
+        return dict(self.network.networks) if pair and pair.apart else {"": self.network}
+
+    def save(self, path: Path, metadata: dict[str, str], which: str = "") -> str:
+        """Write one of `networks` or the model under the family's names; returns the line about its keys."""
         from library import checkpoints
         from library.whole import save_whole
 
-        dtype = self.runtime.save_dtype()
-        if self.network is not None:
-            return self.network.save_weights(str(path), dtype, metadata)
+        dtype, network = self.runtime.save_dtype(), self.networks[which]
+        if which:
+            metadata |= self.turns.metadata(which)
+        if network is not None:
+            return network.save_weights(str(path), dtype, metadata)
         if self.family.container:
             return save_whole(self.family, self._trained_models(), self.options, path, metadata, dtype)
         checkpoints.save_part(self.denoiser, path, metadata, dtype)

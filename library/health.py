@@ -171,6 +171,7 @@ def first_bad(trainer: NetworkTrainer, batch: Batch, number: int, index: int) ->
     outputs.captured = []
     try:
         trainer.runtime.seed(number, index)
+        trainer.take_turn(number)
         plainly = trainer.runtime.memory.plainly()
         with torch.enable_grad(), plainly, watching(trainer.denoiser) as found, trainer.runtime.autocast():
             loss = trainer.step(batch).mean()
@@ -182,6 +183,7 @@ def first_bad(trainer: NetworkTrainer, batch: Batch, number: int, index: int) ->
         return "not known, since there is no memory to compute the step again", None
     finally:
         outputs.captured = None
+        trainer.take_turn(trainer.position.step)
 
 
 class watching:
@@ -247,9 +249,9 @@ def _bad_input(batch: Batch, tensors: tuple | None) -> str:
 
 
 def _bad_gradient(trainer: NetworkTrainer, loss: Tensor) -> str:
-    names = list(trainer.trained)
-    grads = torch.autograd.grad(trainer.scaler.scale(loss), list(trainer.trained.values()), allow_unused=True)
-    for name, grad in reversed(list(zip(names, grads, strict=True))):
+    trained = {name: p for name, p in trainer.trained.items() if p.requires_grad}
+    grads = torch.autograd.grad(trainer.scaler.scale(loss), list(trained.values()), allow_unused=True)
+    for name, grad in reversed(list(zip(trained, grads, strict=True))):
         if grad is not None and (bad := bad_values(grad)):
             return f"the gradient of {name} ({bad})"
     return ""

@@ -262,7 +262,7 @@ class Studio:
         from library.memory.loading import Loading
 
         dtype, path = dtype or self.dtype, checkpoints.path_of(part, self.arguments)
-        denoiser = part is self.family.denoiser
+        denoiser = part is self.family.denoiser or self.family.pair and part is self.family.pair.part
         device = self.text_device if part in self.family.text_encoders else self.device
         loading = self.memory.loading(dtype) if denoiser else Loading(None, device, dtype)
         model = checkpoints.load_part(part, path, dtype=dtype, device=device, loading=loading)
@@ -290,8 +290,12 @@ class Studio:
 
     @functools.cached_property
     def denoiser(self) -> torch.nn.Module:
-        model = self._load(self.family.denoiser)
+        from library.memory.experts import Experts
+
+        model, pair = self._load(self.family.denoiser), self.family.pair
         model.binding.adapted = self.family.adapted
+        if pair:
+            model.experts = Experts(model, self._load(pair.part), pair)
         _add_networks(model, self.arguments, self.device, self.dtype)
         self.memory.prepare(model)
         return model
@@ -360,6 +364,14 @@ def _add_networks(denoiser: Any, arguments: argparse.Namespace, device: str, dty
     from library.memory.base_networks import add_network
     from networks import lora
 
+    experts = getattr(denoiser, "experts", None)
     for path, strength in _strengths(arguments):
         network, weights = lora.create_network_from_weights(strength, path, None, [], denoiser, for_inference=True)
-        add_network(network, path, weights, denoiser, device, dtype)
+        attached = add_network(network, path, weights, denoiser, device, dtype, attach=experts is not None)
+        if experts:
+            which = experts.pair.of_file(path)
+            if which is not None:
+                experts.own[which].append(attached)
+            print(f"{path}: for {'both experts' if which is None else experts.pair.names[which]}", flush=True)
+    if experts:
+        experts.switch_networks()

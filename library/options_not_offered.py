@@ -41,6 +41,7 @@ NOT_OFFERED: dict[str, str] = {
     **_all("training_shift", "use --timestep_sampling sigma with --discrete_flow_shift"),
     **_all("mem_eff_attn xformers sdpa use_flash_attn use_sage_attn", _ATTENTION),
     **_all("vae_chunk_size", _NOT_YET),
+    **_all("offload_inactive_dit", "of two experts the one that is not needed is always on the host"),
     **_all("lowram", "every weight goes straight from the memory map of its file to its place"),
     **_all("split_mode", "use --blocks_to_swap, which works in LoRA training and in a full fine-tune"),
     **_all("ddp_gradient_as_bucket_view ddp_static_graph", "no DistributedDataParallel is used"),

@@ -22,6 +22,7 @@ from library.data.findings import summary
 from library.errors import ConfigError
 from library.memory import swap_plan
 from library.options import check_read
+from library.state import of_part
 from library.trained import Trained, trained_parts
 
 if TYPE_CHECKING:
@@ -236,7 +237,9 @@ def table(options: Options, plan: Plan) -> str:
         f"steps: {plan.total_steps} optimizer steps of {options.gradient_accumulation_steps} x {_world()} batches, "
         f"{plan.steps_per_epoch} a pass over the data = {plan.total_steps / plan.steps_per_epoch:.1f} epochs"
     )
-    lines.append(f"written to: {plan.output_dir} as {options.output_name}.safetensors")
+    parts = plan.family.pair.names if plan.family.pair and plan.family.pair.apart else ("",)
+    files = " and ".join(of_part(f"{options.output_name}.safetensors", options.output_name, which) for which in parts)
+    lines.append(f"written to: {plan.output_dir} as {files}")
     if plan.resume:
         epoch, batch = divmod(plan.position.step, plan.steps_per_epoch)
         lines.append(

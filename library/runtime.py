@@ -22,6 +22,7 @@ from library.errors import ConfigError
 from library.families.family import Text
 from library.memory.base_networks import add_network
 from library.memory.denoiser import DenoiserMemory
+from library.memory.experts import Experts
 from library.memory.fused import separate
 from library.memory.loading import Loading
 from library.memory.precision import text_recipe
@@ -203,9 +204,11 @@ class Runtime:
         return torch.float32 if full else self.dtype
 
     def load_denoiser(self) -> torch.nn.Module:
-        part = self.family.denoiser
+        part, pair = self.family.denoiser, self.family.pair
         dtype = self.weight_dtype
         model = self._load_part(part, dtype, self.memory.loading(dtype))
+        if pair:
+            model.experts = Experts(model, self._load_part(pair.part, dtype, self.memory.loading(dtype)), pair)
         model.binding.adapted = self.family.adapted
         model.binding.adapted_with_convs = self.family.adapted_with_convs
         return model
@@ -341,9 +344,9 @@ class Runtime:
     def tokens(self, latents: Tensor) -> int:
         return image_tokens(self.family, latents.shape)
 
-    def sigma(self, uniform: Tensor, latents: Tensor) -> Tensor:
-        """[B] float32, by the run's sampling options."""
-        return self.family.objective.sigma(uniform, self.tokens(latents), self.options)
+    def sigma(self, uniform: Tensor, latents: Tensor, options: Any = None) -> Tensor:
+        """[B] float32, by the run's sampling options or by those of one step."""
+        return self.family.objective.sigma(uniform, self.tokens(latents), options or self.options)
 
     def perturbed(self, draws: Draws) -> Tensor:
         """The noise that is mixed in: with --ip_noise_gamma perturbed, while the target keeps the clean noise."""
@@ -366,6 +369,7 @@ class Runtime:
         self.memory.before_update()
         if self.world == 1:
             return
+        parameters = [p for p in parameters if p.requires_grad]  # of two networks only one takes part in a step
         for p in parameters:
             if p.grad is None:  # a process without a batch in the last step of an epoch still takes part
                 p.grad = torch.zeros_like(p)

@@ -68,9 +68,10 @@ def generate_latents(
     guide = family.guide(settings or default_settings(family), cond) if family.guide else guided
     for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         now_conds = [one | {"next_sigma": then} for one in conds]  # which few-step models want to know
+        strength = family.scale_at(scale, float(now), settings or {}) if family.scale_at else scale
         predicted = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), now_conds)
         if scale != 1:
-            predicted = guide(predicted[:1], predicted[1:], scale, step)
+            predicted = guide(predicted[:1], predicted[1:], strength, step)
         x = way.step(x, predicted, now, then, fresh)
     return frames.put_back(x, conds[0])
 

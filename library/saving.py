@@ -7,13 +7,14 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library import checkpoints, state
 from library.errors import DiskError, Interrupted, NonFiniteError, UserError
 from library.health import bad_in_file, non_finite
+from library.state import of_part
 from library.stops import again, resume_command
 
 if TYPE_CHECKING:
@@ -64,15 +65,18 @@ class Schedule:
         return self._epoch_done(step, epochs) or bool(every and step % every == 0) or step == self.total
 
 
-def doomed(options: Options, folder: Path, steps_per_epoch: int, step: int, *, coming: int = 0) -> list[Path]:
+def doomed(
+    options: Options, folder: Path, steps_per_epoch: int, step: int, *, coming: int = 0, parts: Iterable[str] = ("",)
+) -> list[Path]:
     """What --save_last_n_* lets go at `step`: files and states of this name, never the newest one that is there.
 
     `coming` = 1 asks the same as if the save that is about to be written were there already.
     """
     out = []
-    for suffix in ("", "-ema"):
-        by_epoch = _numbered(folder, options.output_name, rf"-(\d{{6}}){suffix}\.safetensors")
-        by_step = _numbered(folder, options.output_name, rf"-step(\d{{8}}){suffix}\.safetensors")
+    for which, suffix in ((which, suffix) for which in parts for suffix in ("", "-ema")):
+        name = of_part(options.output_name, options.output_name, which)
+        by_epoch = _numbered(folder, name, rf"-(\d{{6}}){suffix}\.safetensors")
+        by_step = _numbered(folder, name, rf"-step(\d{{8}}){suffix}\.safetensors")
         if options.save_last_n_epochs:
             out += [path for _, path in by_epoch[: -max(1, options.save_last_n_epochs - coming)]]
         if options.save_last_n_steps:
@@ -127,11 +131,10 @@ class Saves:
         if bad := non_finite(trainer.trained):
             raise NonFiniteError(f"{bad} holds values that are no finite numbers; {name} was not saved")
         try:
-            path = self._patiently(name, lambda folder: self._weights(folder / name, metadata))
+            path = self._all_parts(name, metadata)
             if trainer.average is not None:
                 with trainer.average.in_place():
-                    beside = f"{name.removesuffix('.safetensors')}-ema.safetensors"
-                    self._patiently(beside, lambda folder: self._weights(folder / beside, metadata))
+                    self._all_parts(f"{name.removesuffix('.safetensors')}-ema.safetensors", metadata)
             return path
         except (UserError, KeyboardInterrupt):
             raise
@@ -141,9 +144,15 @@ class Saves:
             self.say(f"warning: saving {name} failed ({type(error).__name__}: {error}); the training goes on")
             return None
 
-    def _weights(self, path: Path, metadata: Mapping[str, str]) -> Path:
+    def _all_parts(self, name: str, metadata: Mapping[str, str]) -> Path:
+        for which in self.trainer.networks:
+            file = of_part(name, self.name, which)
+            path = self._patiently(file, lambda folder, f=file, w=which: self._weights(folder / f, metadata, w))
+        return path
+
+    def _weights(self, path: Path, metadata: Mapping[str, str], which: str) -> Path:
         with checkpoints.publishing(path) as partial:
-            self.key_line = self.trainer.save(partial, dict(metadata))
+            self.key_line = self.trainer.save(partial, dict(metadata), which)
             if bad := bad_in_file(partial):
                 raise NonFiniteError(
                     f"{bad} holds values that are no finite numbers in {path.name}, which was not saved; "
@@ -176,7 +185,8 @@ class Saves:
 
     def _doomed(self, coming: int) -> list[Path]:
         trainer = self.trainer
-        return doomed(self.options, self.folder, trainer.plan.steps_per_epoch, trainer.position.step, coming=coming)
+        per_epoch, step = trainer.plan.steps_per_epoch, trainer.position.step
+        return doomed(self.options, self.folder, per_epoch, step, coming=coming, parts=trainer.networks)
 
     def _patiently(self, name: str, write: Callable[[Path], Path]) -> Path:
         told = None

@@ -76,6 +76,11 @@ def state_path(output_dir: Path, name: str, step: int) -> Path:
     return output_dir / f"{name}-step{step:08d}-state"
 
 
+def of_part(file: str, output_name: str, which: str) -> str:
+    """The name of a file that holds only a part of what is trained: `<name>-high_noise-000002.safetensors`."""
+    return f"{output_name}-{which}{file.removeprefix(output_name)}" if which else file
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -140,7 +140,9 @@ def test_euler_integrates_a_gaussian_to_its_known_solution():
         t = sigma.view(-1, 1, 1, 1)
         return x * (t - (1 - t) * s2) / ((1 - t) ** 2 * s2 + t**2)
 
-    family = SimpleNamespace(predict=predict, objective=FLOW, pixel_multiple=8, latent_downscale=8, guide=None)
+    family = SimpleNamespace(
+        predict=predict, objective=FLOW, pixel_multiple=8, latent_downscale=8, guide=None, scale_at=None
+    )
     out = sample.generate_latents(
         family, None, {}, None, shape=(4, 8, 8), seed=0, steps=2000, scale=1, shift=1.0, device="cpu"
     )

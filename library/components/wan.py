@@ -150,6 +150,13 @@ def predict(
     )[0].float()
 
 
+def predict_by_two(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond]) -> Tensor:
+    """`predict` by the expert of these noise levels; a plan of memory has a denoiser with one set of weights."""
+    if experts := getattr(denoiser, "experts", None):
+        experts.use_for(sigma)
+    return predict(denoiser, noisy, sigma, conds)
+
+
 def continued(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], given: ItemInput, *, chunk: int = 0) -> Cond:
     """What image-to-video models get of a clip's first frame: "image_latents" [20,F,h,w], four channels of mask (1 in
     the first latent frame) before the latents of that frame followed by grey; with an image encoder also "clip"

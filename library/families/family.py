@@ -121,6 +121,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two denoisers of one size share the noise levels: the family's own below `boundary`, that of `part` from it on.
+
+    Their weights take turns in one module (`library.memory.experts`), which `predict` asks for the right ones.
+    """
+
+    part: Part
+    boundary: float  # sigma
+    names: tuple[str, str] = ("low_noise", "high_noise")  # in the names of files, the family's own denoiser first
+    of_file: Callable[[str], int | None] = lambda path: None  # which of the two a file's name speaks of
+    apart: bool = False  # an adapter for each, not one for both
+    every: int = 1  # optimizer steps before the turn may change
+
+
+@dataclass(frozen=True)
 class Family:
     name: str  # as in --model_type and <name>_train_network.py
     title: str  # for people
@@ -183,10 +198,14 @@ class Family:
     extra_tokenizers: tuple[Tokenizer, ...] = ()  # without an encoder; after those of the text encoders
     # (option, what the ORIGINAL names of the modules have in them whose learning rate it is), the first that fits
     own_rates: tuple[tuple[str, str], ...] = ()
+    pair: Pair | None = None  # of a run with two denoisers
+    # (guidance scale of the prompt, sigma, values of inference_options) -> the scale at this noise level
+    scale_at: Callable[..., float] | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (self.denoiser, self.vae, *self.text_encoders, *self.image_encoders)
+        second = (self.pair.part,) if self.pair else ()
+        return (self.denoiser, self.vae, *self.text_encoders, *self.image_encoders, *second)
 
     @property
     def tokenizers(self) -> tuple[tuple[Tokenizer, Part], ...]:

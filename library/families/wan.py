@@ -15,7 +15,7 @@ from library.components import t5, vae_wan, vision, wan
 from library.components.tokenizers import ended
 from library.components.wan import ADAPTED, BLOCKS, DENOISER, TOKENS, predict
 from library.errors import ConfigError
-from library.families.family import Cond, Family, FrameRule, Text
+from library.families.family import Cond, Family, FrameRule, Pair, Text
 from library.option_kinds import Option
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Kind:
     title: str
     sampling: Mapping[str, Any]
     boundary: int | None = None  # of two experts, 1000 * sigma: the high-noise one predicts from here on
+    high_scale: float = 0.0  # guidance of the high-noise expert, where `sampling` has the low-noise one's
     first_frame: str = "none"
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the record
 
@@ -69,12 +70,12 @@ KINDS = {
     "2.1 1.3B": Kind("Wan 2.1 1.3B", _sampled(50, 6.0, 8.0)),  # its page advises these two for the small model
     "2.1": Kind("Wan 2.1", _sampled(50, 5.0, 5.0)),
     "2.1 i2v": Kind(  # shift 3 for 480p, 5 above
-        "Wan 2.1 I2V", _sampled(40, 5.0, 3.0), None, "needed", I2V | {"image_encoders": (vision.clip_h(),)}
+        "Wan 2.1 I2V", _sampled(40, 5.0, 3.0), None, 0, "needed", I2V | {"image_encoders": (vision.clip_h(),)}
     ),
-    "2.2": Kind("Wan 2.2 A14B", _sampled(40, 3.0, 12.0), 875),
-    "2.2 i2v": Kind("Wan 2.2 I2V A14B", _sampled(40, 3.5, 5.0), 900, "needed", I2V),
+    "2.2": Kind("Wan 2.2 A14B", _sampled(40, 3.0, 12.0), 875, 4.0),
+    "2.2 i2v": Kind("Wan 2.2 I2V A14B", _sampled(40, 3.5, 5.0), 900, 3.5, "needed", I2V),
     "2.2 5B": Kind(
-        "Wan 2.2 5B", _sampled(50, 5.0, 5.0, 121), None, "possible",
+        "Wan 2.2 5B", _sampled(50, 5.0, 5.0, 121), None, 0, "possible",
         {"encode_item": wan.begun, "vary": wan.vary, "vae": vae_wan.part22(), "pixel_multiple": 32,
          "latent_channels": 48, "latent_downscale": 16, "resolution": 960},
     ),
@@ -119,12 +120,14 @@ def variant_of(options: Any) -> Family:
 
     path = path_of(DENOISER, options)
     _refuse_pair(path)
-    kind = KINDS[kind_of(path, configuration_of(DENOISER, path), options.model_version)]
+    version = options.model_version or ("2.2" if options.dit_high_noise else None)
+    kind = KINDS[kind_of(path, configuration_of(DENOISER, path), version)]
+    is_training = hasattr(options, "given")
+    pair = pair_of(path, kind, options, is_training)
     chunk = options.vae_chunk_size or 0
     changes = dict(kind.changes)
     if options.clip and not changes.get("image_encoders"):
         raise ConfigError(f"--clip {options.clip} has no effect: {path} is {kind.title}, which sees no CLIP features")
-    is_training = hasattr(options, "given")
     if is_training and options.given("first_frame_conditioning_p") and "vary" not in changes:
         raise ConfigError(
             f"--first_frame_conditioning_p has no effect: {path} is {kind.title}, and only 5B has that choice"
@@ -132,15 +135,17 @@ def variant_of(options: Any) -> Family:
     if "encode_item" in changes:
         changes["encode_item"] = partial(changes["encode_item"], chunk=chunk)
     least = 5 if kind.first_frame == "needed" else 1  # of one frame there is nothing to continue
+    if pair:
+        changes |= {"pair": pair, "predict": wan.predict_by_two, "scale_at": partial(_scale_at, kind, pair.boundary)}
     frames = FrameRule(4, 1, 24.0 if kind.first_frame == "possible" else 16.0, least, kind.first_frame)
     return replace(
         WAN,
-        title=kind.title,
+        title=kind.title + (", both experts" if pair else ""),
         encode_image=partial(vae_wan.encode, chunk=chunk),
         decode_latents=partial(vae_wan.decode, chunk=chunk),
         frames=frames,
         sampling=kind.sampling,
-        advice=partial(advice, path, kind),
+        advice=partial(advice_of_two if pair else advice, path, kind),
         **changes,
     )
 
@@ -149,8 +154,47 @@ def _refuse_pair(path: str) -> None:
     if (Path(path) / "transformer_2").is_dir():
         raise ConfigError(
             f"{path} holds two denoisers; name the one to train: {Path(path) / 'transformer_2'} (low noise) or "
-            f"{Path(path) / 'transformer'} (high noise)"
+            f"{Path(path) / 'transformer'} (high noise), or both, the second with --dit_high_noise"
         )
+
+
+def pair_of(path: str, kind: Kind, options: Any, is_training: bool) -> Pair | None:
+    """Both experts, if a file of the second one is given. Raises ConfigError for what does not go with it."""
+    from library.checkpoints import configuration_of
+
+    second = options.dit_high_noise
+    if not second:
+        training = ("timestep_boundary", "network_per_expert", "switch_experts_every")
+        given = [n for n in training if options.given(n)] if is_training else []
+        given += [n for n in ("timestep_boundary", "guidance_scale_high_noise") if getattr(options, n, None)]
+        if given:
+            raise ConfigError(f"--{given[0]} has no effect with one expert; add --dit_high_noise, or remove it")
+        return None
+    start, own = f"--dit_high_noise {second}", configuration_of(DENOISER, path)
+    if kind.boundary is None:
+        raise ConfigError(f"{start}: {path} is {kind.title}, which has one denoiser for all noise levels")
+    if noise_of(path) == "high" or noise_of(second) == "low":
+        raise ConfigError(f"{start} and --{DENOISER.option} {path}: by their names they are the other way round")
+    if configuration_of(DENOISER, second) != own:
+        raise ConfigError(f"{start} is another model than {path}; take the two experts of one model")
+    edge = options.timestep_boundary or kind.boundary
+    edge = edge / 1000 if edge > 1 else edge
+    if is_training and not options.network_module:
+        raise ConfigError(f"{start}: both experts are trained as LoRAs only; add --network_module networks.lora_wan")
+    if is_training and options.base_weights:
+        raise ConfigError(f"{start} does not go with --base_weights; merge them into the files first")
+    return Pair(
+        HIGH_NOISE, edge, of_file=lambda file: {"low": 0, "high": 1}.get(noise_of(file)),
+        apart=getattr(options, "network_per_expert", False), every=getattr(options, "switch_experts_every", 1),
+    )  # fmt: skip
+
+
+def _scale_at(kind: Kind, boundary: float, scale: float, sigma: float, settings: Mapping[str, Any]) -> float:
+    """Of the prompt below the boundary; above it the option's, else Wan's own where the prompt has Wan's own, too."""
+    if sigma < boundary:
+        return scale
+    own = kind.high_scale if scale == kind.sampling["scale"] else scale
+    return settings.get("guidance_scale_high_noise") or own
 
 
 def advice(path: str, kind: Kind, options: Any) -> tuple[str, ...]:
@@ -173,6 +217,27 @@ def advice(path: str, kind: Kind, options: Any) -> tuple[str, ...]:
     return (text + used_alone,) if high > edge else ()
 
 
+def advice_of_two(path: str, kind: Kind, options: Any) -> tuple[str, ...]:
+    edge = options.timestep_boundary or kind.boundary
+    edge = edge * 1000 if edge <= 1 else edge
+    notes = [] if edge == kind.boundary else [f"the boundary {edge:g} is not {kind.title}'s own, {kind.boundary}"]
+    low, high = options.min_timestep or 0, 1000 if options.max_timestep is None else options.max_timestep
+    if not low < edge < high:
+        notes.append(f"timesteps {low} to {high} are all of one expert; the other one is not trained")
+    return tuple(notes)
+
+
+HIGH_NOISE = replace(
+    DENOISER, name="high noise", title="a Wan 2.2 A14B denoiser of high noise", option="dit_high_noise"
+)
+SECOND = Option(
+    "dit_high_noise",
+    "path",
+    None,
+    "the high-noise expert of 2.2 A14B beside the low-noise one: both in one run, one of them on the host",
+)
+EDGE = Option("timestep_boundary", "float", None, "where the high-noise expert begins, 1000 * sigma; Wan's own if none",
+              low=0, high=1000)  # fmt: skip
 CLIP = Option("clip", "path", None, "CLIP ViT-H, a file or a folder: only Wan 2.1 image-to-video sees it")
 CHUNK = Option("vae_chunk_size", "int", None, "rows that the VAE convolves at a time; fewer need less memory", low=1)
 VERSION = Option("model_version", "str", None, "of a 14B text-to-video file whose name says neither high nor low noise",
@@ -196,7 +261,9 @@ WAN = Family(
     # musubi-tuner's advice for Wan, sigmoid sampling with a shift of 3 to 5; 5 is Wan's own at inference.
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 5.0},
     options=(
-        CLIP, CHUNK, VERSION,
+        CLIP, CHUNK, VERSION, SECOND, EDGE,
+        Option("network_per_expert", "flag", False, "a LoRA for each expert in a file of its own, not one for both"),
+        Option("switch_experts_every", "int", 1, "optimizer steps before the other expert may have its turn", low=1),
         Option("first_frame_conditioning_p", "float", 0.5, "share of steps in which 5B is given a clip's first frame",
                low=0, high=1),
     ),
@@ -207,7 +274,11 @@ WAN = Family(
     frames=FrameRule(4, 1, 16.0),
     variant_of=variant_of,
     channels_of=lambda denoiser: int(denoiser.config.out_channels),
-    inference_options=(CLIP, CHUNK, VERSION),
+    inference_options=(
+        CLIP, CHUNK, VERSION, SECOND, EDGE,
+        Option("guidance_scale_high_noise", "float", None,
+               "of the high-noise expert; if not set Wan's own with Wan's own scale, else --guidance_scale"),
+    ),
     sampling=KINDS["2.1"].sampling,
     text_widths=lambda denoiser: (denoiser["text_dim"],),
 )  # fmt: skip

@@ -38,7 +38,9 @@ class DenoiserMemory:
         return Loading(denoiser_recipe(self.options, self.family), self.device, dtype, self._names_on_host)
 
     def _names_on_host(self, model: torch.nn.Module) -> set[str]:
-        """Parameters of the blocks that are swapped: they never are on the device all at once."""
+        """Parameters of the blocks that are swapped, which never are on the device all at once; of two experts all."""
+        if self.family.pair:
+            return set(dict(model.named_parameters()))  # until `Experts.place`
         blocks = swap_plan.block_names(model, self.family, self.swapped)
         return {f"{block}.{name}" for block in blocks for name, _ in model.get_submodule(block).named_parameters()}
 
@@ -57,6 +59,8 @@ class DenoiserMemory:
                 collects=trained and not getattr(self.options, "fused_backward_pass", False),
                 checkpointed=checkpointed,
             )
+        if self.family.pair:
+            model.experts.place(self.device, self.swap)
         if checkpointed:
             offload = getattr(self.options, "cpu_offload_checkpointing", False)
             self.activations = HostActivations(self.device) if offload else None

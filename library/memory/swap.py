@@ -179,6 +179,27 @@ class BlockSwap:
                     self._leave(block)
         self.streams.finish()
 
+    def packed(self, values: dict[int, Tensor]) -> list[Tensor]:
+        """Host buffers as the blocks have them, of other values: id of a tensor -> what it is to be."""
+        buffers = []
+        for block in self.blocks:
+            buffers.append(torch.empty_like(block.host, pin_memory=block.host.is_pinned()))
+            for held in block.held:
+                held.view(buffers[-1]).copy_(values[id(held.tensor)])
+        return buffers
+
+    def exchange(self, buffers: Sequence[Tensor]) -> None:
+        """Other weights for the blocks: host buffers from `packed`, or those that were theirs before."""
+        self.park()
+        for block, buffer in zip(self.blocks, buffers, strict=True):
+            block.host = buffer
+            for held in block.held:
+                held.host = held.view(buffer)
+                if block.fixed is None:
+                    held.tensor.data = held.host
+            if block.fixed is not None:
+                block.fixed.copy_(buffer)
+
     def resident(self) -> list[Block]:
         """The swapped blocks that take room on the device now."""
         return [block for block in self.blocks if block.slot is not None or block.fixed is not None]
