@@ -88,6 +88,8 @@ def quantile(
     u = u.double().clamp(EDGE, 1 - EDGE)
     if sampling == "uniform":
         out = u
+    elif sampling == "nextdit_shift":  # sd-scripts' Lumina code: uniform, on Flux's line through the tokens
+        out = shifted(u, flux_shift(tokens))
     elif sampling == "sigma":
         out = shifted(1 - density(u, weighting_scheme, logit_mean, logit_std, mode_scale), shift)
     else:

@@ -39,6 +39,17 @@ def norm_kept(patch: int) -> Guide:
     return guide
 
 
+def norm_of_rows_kept(cond: Tensor, uncond: Tensor, scale: float, step: int) -> Tensor:
+    """The same for every row of latents, the last axis, as diffusers' Lumina2Pipeline joins them."""
+    joined = guided(cond, uncond, scale, step)
+    return joined * (cond.norm(dim=-1, keepdim=True) / joined.norm(dim=-1, keepdim=True))
+
+
+def until(steps: int, guide: Guide) -> Guide:
+    """`guide` in the first `steps` steps, no guidance in the others."""
+    return lambda cond, uncond, scale, step: guide(cond, uncond, scale, step) if step < steps else cond
+
+
 def projected(cond: Tensor, difference: Tensor, threshold: float) -> Tensor:
     """The part of `difference`, cut to the norm `threshold`, that is orthogonal to `cond` (Sadat et al. 2024, APG)."""
     axes = tuple(range(1, cond.ndim))

@@ -92,7 +92,7 @@ def _has_encoder(o: Options, kind: str) -> bool:
 
 RULES: tuple[Rule, ...] = (
     # flow matching
-    _rule("sigmoid_scale", lambda o: o.timestep_sampling not in ("sigma", "uniform"),
+    _rule("sigmoid_scale", lambda o: o.timestep_sampling not in ("sigma", "uniform", "nextdit_shift"),
           "with --timestep_sampling {timestep_sampling}"),
     _rule("discrete_flow_shift", lambda o: o.timestep_sampling in ("sigma", "shift"),
           "with --timestep_sampling {timestep_sampling}"),

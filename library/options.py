@@ -185,13 +185,13 @@ def _split(argv: list[str]) -> dict[str, list[str]]:
 
 
 def _family(name: str | None, words: Mapping[str, list[str]], config: Mapping[str, Any]) -> Family:
-    from library.families import FAMILIES, get_family
+    from library.families import FAMILIES, get_family, script_of
 
     wanted = words["model_type"][-1] if words.get("model_type") else config.get("model_type")
     if name and wanted and wanted != name:
         raise ConfigError(
             f"--model_type {wanted} does not fit this script, which trains {name}; "
-            f"run {wanted}_train_network.py or train_network.py"
+            f"run {script_of(str(wanted))}_train_network.py or train_network.py"
         )
     if not name and not wanted:
         raise ConfigError(f"--model_type is missing; give one of {', '.join(FAMILIES)}")

@@ -43,7 +43,8 @@ FLAGS = {
     "i": "image_path",
 }  # fmt: skip
 ELSEWHERE = {
-    "cn": "control images belong to edit models", "ctr": "it belongs to Lumina", "rcfg": "it belongs to Lumina",
+    "cn": "control images belong to edit models", "ctr": "lumina_minimal_inference.py has --cfg_trunc_ratio",
+    "rcfg": "lumina_minimal_inference.py has --cfg_normalization",
     "ei": "no model here is given a last frame", "cv": "no model here is given a control video",
     "of": "one-frame inference is --f 1",
 }  # fmt: skip
@@ -210,9 +211,8 @@ def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     """What the text encoders are asked for: the prompt and its negative prompt."""
     from library.strategies import Request
 
-    texts = (prompt.prompt, prompt.negative_prompt)
-    cond, uncond = (Request.of(family, text, prompt.controls) for text in texts)
-    return cond, uncond
+    cond = Request.of(family, prompt.prompt, prompt.controls)
+    return cond, replace(cond, caption=prompt.negative_prompt)
 
 
 def asked_of_text(prompts: Sequence[Prompt], family: Any) -> list[Any]:

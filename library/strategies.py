@@ -276,14 +276,15 @@ def _encode_one(
 
 @dataclass(frozen=True)
 class Request:
-    """What the text encoders are asked for: a caption, and the files of the pictures that they see with it."""
+    """What the text encoders are asked for: a text, and the files of the pictures that they see with it."""
 
     caption: str
     files: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, family: Family, caption: str, controls: Iterable[Any] = ()) -> Request:
-        return cls(caption, tuple(map(str, controls)) if family.text_pictures else ())
+        """For a caption or a prompt, with what the family puts around it."""
+        return cls(family.caption_text(caption), tuple(map(str, controls)) if family.text_pictures else ())
 
     def text(self, family: Family) -> Text:
         if not self.files:
@@ -426,5 +427,8 @@ def _encode_texts(
 
 def truncations(dataset: Dataset, family: Family, tokenizers: list) -> list[tuple[str, str]]:
     """(file name, the part that is cut) of every caption that is too long for the model."""
-    cut = ((item.path.name, family.tokenize(tokenizers, plain_caption(item))[1]) for item in dataset.items)
+    cut = (
+        (item.path.name, family.tokenize(tokenizers, family.caption_text(plain_caption(item)))[1])
+        for item in dataset.items
+    )
     return [(name, rest) for name, rest in cut if rest]

@@ -10,6 +10,7 @@ import pytest
 
 from library import option_table, options
 from library.errors import ConfigError
+from library.families import FAMILIES, get_family, script_of
 from library.inference import parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +46,7 @@ def test_a_command_line_parses(page, line):
         if script.endswith("train_network.py"):
             check_training(script, rest)
         elif script.endswith("_minimal_inference.py"):
-            from library.families import get_family
-
-            parser_of(get_family(script.removesuffix("_minimal_inference.py"))).parse_args(rest)
+            parser_of(get_family(family_of(script.removesuffix("_minimal_inference.py")))).parse_args(rest)
         else:
             text = (ROOT / script).read_text(encoding="utf-8")
             taken = of_a_run(rest) if "option_machinery.parse(" in text else set()  # some tools take a run's, too
@@ -56,15 +55,19 @@ def test_a_command_line_parses(page, line):
 
 def of_a_run(words):
     """The options of a run, those of the family that the words name among them."""
-    from library.families import get_family
-
     named = words[words.index("--model_type") + 1] if "--model_type" in words else None
     return OF_A_RUN | {f"--{option.name}" for option in (options.options_of(get_family(named)) if named else ())}
 
 
+def family_of(stem):
+    """The family whose scripts' names begin so."""
+    return next(name for name in FAMILIES if script_of(name) == stem)
+
+
 def check_training(script, words):
     """Parse as the script does; a configuration file that is the reader's own is left out."""
-    family = script.removesuffix("train_network.py").rstrip("_") or None
+    stem = script.removesuffix("train_network.py").rstrip("_")
+    family = family_of(stem) if stem else None
     if "--config_file" in words and not (ROOT / words[words.index("--config_file") + 1]).is_file():
         at = words.index("--config_file")
         words = words[:at] + words[at + 2 :]

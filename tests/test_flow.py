@@ -41,6 +41,7 @@ def test_every_sampling_has_the_quantiles_of_its_formula():
     assert np.allclose(mine(sampling="flux_shift"), np.exp(mu) / (np.exp(mu) + 1 / sigmoid(n) - 1), atol=1e-5)
     qwen = np.exp(0.5 + 0.4 * (1024 - 256) / (8192 - 256))
     assert np.allclose(mine(sampling="qwen_shift"), shifted(sigmoid(n), qwen), atol=1e-5)
+    assert np.allclose(mine(sampling="nextdit_shift"), np.exp(mu) / (np.exp(mu) + 1 / U - 1), atol=1e-5)
     assert np.allclose(mine(sampling="sigma"), shifted(1 - U, 3.0), atol=1e-5)
     logit = mine(sampling="sigma", weighting_scheme="logit_normal", logit_mean=-0.3, logit_std=0.8)
     assert np.allclose(logit, shifted(1 - sigmoid(-0.3 + 0.8 * n), 3.0), atol=1e-5)

@@ -113,3 +113,8 @@ def test_the_command_prints_a_table_json_and_advice(toy):  # noqa: F811
     assert plan["device"]["peak_bytes"] >= max(p["peak_bytes"] for p in plan["device"]["phases"].values())
     wrong = subprocess.run([*base, "--resolution", "60,60"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2 and "multiples of 16" in wrong.stderr
+
+
+def test_an_optimizer_that_finds_its_own_rate_has_a_plan():
+    per_value, is_factored = planner.state_bytes("adafactor", (), torch.float32)
+    assert is_factored and per_value < 1

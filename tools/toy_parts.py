@@ -103,6 +103,18 @@ def llama31(width: int, vocabulary: int) -> Made:
     }, {"head_dim": "16"}  # fmt: skip
 
 
+def gemma2(width: int, vocabulary: int) -> Made:
+    from library.components import gemma2
+
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": gemma2.SOFT_CAP, "sliding_window": gemma2.WINDOW, "rms_norm_eps": gemma2.NORM_EPS,
+        "rope_parameters": {"rope_theta": gemma2.ROPE_THETA, "rope_type": "default"},
+        "hidden_activation": "gelu_pytorch_tanh", "attn_implementation": "eager",
+    }, {"head_dim": "16"}  # fmt: skip
+
+
 def t5(width: int, vocabulary: int) -> Made:
     return {
         "model_type": "t5", "vocab_size": vocabulary, "d_model": width, "d_kv": 8, "d_ff": 64, "num_layers": 2,
@@ -198,6 +210,7 @@ TOYS: dict[str, Toy] = {
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
     ),
+    "lumina_2": Toy(vae_ldm(16), {"text_encoder": ToyText(gemma2, 64, "bos")}),
     "qwen_image": Toy(
         toy_vaes.wan21(),
         {"text_encoder": ToyText(qwen25_vl_seeing, 64, "vision")},

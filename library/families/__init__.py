@@ -17,12 +17,20 @@ FAMILIES: dict[str, str] = {
     "flux2": "library.families.flux2:FLUX2",
     "hidream": "library.families.hidream:HIDREAM",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
+    "lumina_2": "library.families.lumina_2:LUMINA_2",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
     "sdxl": "library.families.sdxl:SDXL",
     "wan": "library.families.wan:WAN",
     "z_image": "library.families.z_image:Z_IMAGE",
 }
+# Families whose scripts, <this>_train_network.py and <this>_minimal_inference.py, have the names that users know.
+SCRIPTS: dict[str, str] = {"lumina_2": "lumina"}
+
+
+def script_of(name: str) -> str:
+    """What the file names of a family's scripts begin with."""
+    return SCRIPTS.get(name, name)
 
 
 def get_family(name: str) -> Family:

@@ -137,7 +137,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Family:
-    name: str  # as in --model_type and <name>_train_network.py
+    name: str  # as in --model_type
     title: str  # for people
     denoiser: Part
     vae: Part
@@ -162,6 +162,8 @@ class Family:
     resolution: int = 1024  # the model's usual side length
     objective: Objective = FLOW  # how noise is mixed in, what `predict` returns, how a sampler steps
     image_encoders: tuple[Part, ...] = ()
+    # (caption or prompt) -> the text that is encoded for it; a negative prompt is encoded as it is
+    caption_text: Callable[[str], str] = lambda caption: caption
     # (vae, image encoders, ItemInput) -> what else conditions an item, cached beside its latents: "control.0", ...
     encode_item: Callable[..., Cond] | None = None
     # (Cond, latents [C,F,h,w], number in 0..1 that is drawn for an item in every step, options) -> Cond of this step
@@ -190,7 +192,8 @@ class Family:
     sampling_shift: Callable[[int, int], float] | None = None
     # part name -> its list in library/released: what the memory plan takes where no file is given
     released: Mapping[str, str] = field(default_factory=dict)
-    # (values of inference_options, Cond) -> how one picture's predictions are joined; None = classifier-free guidance
+    # (values of inference_options and "sample_steps", Cond) -> how one picture's predictions are joined;
+    # None = classifier-free guidance
     guide: Callable[..., Any] | None = None
     # (the denoiser's configuration) -> how wide the states of each text encoder have to be, None = any
     text_widths: Callable[[Mapping[str, Any]], tuple[int | None, ...]] | None = None

@@ -6,11 +6,16 @@ patches. Keys and values have a third of the queries' heads, so the fused qkv is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.families.family import Cond, Part
+from library.components import decoder, gemma2, vae_ldm
+from library.components.tokenizers import ended
+from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, block, count, identity, row
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +46,13 @@ COMFY = [
     *block("noise_refiner.{i}", "noise_refiner.{i}", *MODULATED),
     *block("layers.{i}", "layers.{i}", *MODULATED),
 ]
+# The prompt of diffusers' Lumina2Pipeline, and what separates it from the caption. Negative prompts have neither.
+SYSTEM_PROMPT = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts."
+)
+START = "<Prompt Start>"
+LAYER, MAX_TOKENS = -2, 256  # of the hidden states; tokens with the system prompt (the same pipeline)
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
 # All of JointTransformerBlock, refiners and modulation included, as diffusion-pipe trains it (the seed's system).
 ADAPTED = ("layers.", "noise_refiner.", "context_refiner.")
@@ -107,8 +119,105 @@ DENOISER = Part(
 )
 
 
+def caption_text(caption: str, *, system_prompt: str) -> str:
+    """The caption behind the system prompt. Nothing is put before an empty caption, or one that has its own."""
+    if not caption or not system_prompt or START in caption:
+        return caption
+    return f"{system_prompt} {START} {caption}"
+
+
+def tokenize(tokenizers: list[Any], caption: str, *, length: int = MAX_TOKENS) -> tuple[list[int], str]:
+    """Gemma's ids with <bos>, at most `length`, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], caption, length)
+
+
+def encode(
+    encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any, *, length: int = MAX_TOKENS
+) -> Cond:
+    """{"text": [T,D]}: the next-to-last layer's states, unpadded."""
+    import torch
+
+    ids, _ = tokenize(tokenizers, text.caption, length=length)
+    return {"text": decoder.states(encoders[0], torch.tensor([ids], device=device), LAYER)[0]}
+
+
 def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond]) -> Tensor:
     """Velocity [B,C,h,w] float32. Conds: "text" [T,D], ragged."""
     dtype = denoiser.x_embedder.weight.dtype
     texts = [cond["text"].to(dtype) for cond in conds]
     return -denoiser(noisy.to(dtype), 1.0 - sigma.float(), texts).float()
+
+
+def encode_image(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+    return vae_ldm.encode(vae, pixels, *vae_ldm.FLUX)
+
+
+def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    return vae_ldm.decode(vae, latents, *vae_ldm.FLUX)
+
+
+def guide(settings: Mapping[str, Any], cond: Cond) -> Callable[..., Tensor]:
+    """Classifier-free guidance with the norms of the prompt's prediction, up to a part of the steps."""
+    from library import guidance
+
+    join = guidance.norm_of_rows_kept if settings["cfg_normalization"] == "rows" else guidance.guided
+    return guidance.until(int(settings["cfg_trunc_ratio"] * settings["sample_steps"] + 1e-6), join)
+
+
+def variant_of(options: Any) -> Family:
+    """The record with the run's system prompt and text length."""
+    length = options.gemma2_max_token_length
+    return replace(
+        LUMINA_2,
+        caption_text=partial(caption_text, system_prompt=options.system_prompt),
+        tokenize=partial(tokenize, length=length),
+        encode=partial(encode, length=length),
+        recipe="" if length == MAX_TOKENS else f"gemma2 {length}",
+    )
+
+
+TEXT_OPTIONS = (
+    Option("system_prompt", "str", SYSTEM_PROMPT, "put before every caption, as the model was trained; '' = nothing"),
+    Option("gemma2_max_token_length", "int", MAX_TOKENS, "tokens of a caption, with the system prompt", low=1),
+)
+
+LUMINA_2 = Family(
+    name="lumina_2",
+    title="Lumina Image 2.0",
+    denoiser=DENOISER,
+    vae=vae_ldm.part("a Flux-type VAE", channels=16),
+    text_encoders=(gemma2.part(option="gemma2"),),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    predict=predict,
+    caption_text=partial(caption_text, system_prompt=SYSTEM_PROMPT),
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    # diffusion-pipe's `lumina_shift`, as its documentation advises: Flux's line through the tokens.
+    defaults={"timestep_sampling": "flux_shift"},
+    options=TEXT_OPTIONS,
+    # diffusers' names are read by diffusers alone: ComfyUI takes them for Z-Image's, of other shapes.
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="lumina-2",
+    base_model_version="lumina2",
+    resolution=1024,
+    variant_of=variant_of,
+    # diffusers' Lumina2Pipeline; the shift of the published scheduler and of ComfyUI.
+    sampling={"sample_steps": 30, "scale": 4.0, "flow_shift": 6.0},
+    inference_options=(
+        *TEXT_OPTIONS,
+        Option("cfg_trunc_ratio", "float", 1.0, "part of the steps, from the first on, with guidance", low=0, high=1),
+        Option(
+            "cfg_normalization", "str", "rows", "give each row of latents the norm that it has without guidance",
+            choices=("rows", "none"),
+        ),
+    ),
+    guide=guide,
+    text_widths=lambda denoiser: (denoiser["cap_feat_dim"],),
+    released={"denoiser": "lumina_2", "vae": "vae_flux", "text_encoder": "te_gemma2_2b"},
+)  # fmt: skip
