@@ -50,7 +50,10 @@ def set_rates(network: Any, family: Family, options: Any) -> None:
     if not given:
         return
     if not hasattr(network, "drop"):
-        raise ConfigError(f"--{next(iter(given))} is read by networks.lora; {options.network_module} knows none")
+        asked = [option for option in given if getattr(options, option) or options.given(option)]
+        if asked:
+            raise ConfigError(f"--{asked[0]} is read by networks.lora; {options.network_module} knows none")
+        return
     for option, within in given.items():
         if getattr(options, option) and not any(within in name for name in network.adapters):
             raise ConfigError(f"--{option} has no effect: no module of the network has '{within}' in its name")

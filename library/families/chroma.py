@@ -7,11 +7,15 @@ noise - x0; latents are [B,16,h,w], 2x2 patches. Text is T5-XXL's last states, o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import flux_blocks, ragged, tokens
-from library.families.family import Cond, Part
+from library.components import flux_blocks, ragged, t5, tokens, vae_ldm
+from library.components.tokenizers import ended
+from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, block, count, identity, our_view, row
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +37,7 @@ COMFY = [
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 # All Linear layers of the blocks, as diffusion-pipe (the seed's system) trains them.
 ADAPTED = ("double_blocks.", "single_blocks.")
+TOKENS = 512  # of T5 (diffusers' ChromaPipeline)
 
 
 def recognise(shapes: Mapping[str, Shape]) -> str | None:
@@ -84,8 +89,29 @@ def channels_of(denoiser: torch.nn.Module) -> int:
     return denoiser.config.in_channels // 4
 
 
+def tokenize(tokenizers: list[Any], caption: str, *, length: int = TOKENS) -> tuple[list[int], str]:
+    """T5's ids with its end token, at most `length`, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], caption, length)
+
+
+def encode(
+    encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any, *, length: int = TOKENS
+) -> Cond:
+    """{"text": [T,D]}: T5's last states of the caption and of one token of padding, which T5 itself does not look at.
+
+    So the model was trained: its mask leaves out all padding but the first token. A caption of full length has none.
+    """
+    import torch
+
+    ids, _ = tokenize(tokenizers, text.caption, length=length)
+    padding = [tokenizers[0].pad_token_id][: length - len(ids)]
+    mask = [1] * len(ids) + [0] * len(padding)
+    whole = (torch.tensor([each], device=device) for each in (ids + padding, mask))
+    return {"text": t5.states(encoders[0], *whole)[0]}
+
+
 def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond]) -> Tensor:
-    """Velocity [B,C,h,w] float32. Conds: "text" [T,D], without padding."""
+    """Velocity [B,C,h,w] float32. Conds: "text" [T,D], each as long as it is."""
     import torch
 
     from library.checkpointing import exact_times
@@ -105,3 +131,67 @@ def predict(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list
             return_dict=False,
         )[0]
     return tokens.unpack(out, height, width).float()
+
+
+def encode_image(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+    return vae_ldm.encode(vae, pixels, *vae_ldm.FLUX)
+
+
+def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    return vae_ldm.decode(vae, latents, *vae_ldm.FLUX)
+
+
+def sampling_shift(tokens: int, steps: int) -> float:
+    from library import flow
+
+    return flow.flux_shift(tokens)
+
+
+def variant_of(options: Any) -> Family:
+    """The record with the run's text length."""
+    length = options.t5xxl_max_token_length
+    if length == TOKENS:
+        return CHROMA
+    cut = {"tokenize": partial(tokenize, length=length), "encode": partial(encode, length=length)}
+    return replace(CHROMA, **cut, recipe=f"t5 {length}")
+
+
+LENGTH = Option("t5xxl_max_token_length", "int", TOKENS, "T5 tokens of a caption", low=1)
+
+CHROMA = Family(
+    name="chroma",
+    title="Chroma",
+    denoiser=DENOISER,
+    vae=vae_ldm.part("a Flux-type VAE", channels=16),
+    text_encoders=(t5.xxl(folder="text_encoder"),),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    # diffusion-pipe's example (the seed's system): sigma from a logit-normal distribution on Flux's line.
+    defaults={"timestep_sampling": "flux_shift"},
+    options=(
+        LENGTH,
+        # diffusion-pipe and sd-scripts compute it without gradients.
+        Option("distilled_guidance_lr", "float", 0.0, "learning rate of the distilled guidance layer, 0 = not trained",
+               low=0),
+    ),
+    own_rates=(("distilled_guidance_lr", f"{MODULATION}."),),
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="chroma",
+    base_model_version="chroma",
+    resolution=1024,
+    variant_of=variant_of,
+    channels_of=channels_of,
+    inference_options=(LENGTH,),
+    sampling={"sample_steps": 35, "scale": 5.0},  # diffusers' ChromaPipeline, which shifts by the size of the picture
+    sampling_shift=sampling_shift,
+    text_widths=lambda denoiser: (denoiser["joint_attention_dim"],),
+    released={"denoiser": "chroma", "vae": "vae_flux", "t5xxl": "te_t5xxl"},
+)  # fmt: skip
