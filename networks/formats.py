@@ -210,15 +210,17 @@ def _fuse(entry: Entry, parts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any
         fused = {"down": first["down"], "alpha": first["alpha"]}
     else:
         rank = sum(p["down"].shape[0] for p in parts.values())
+        scales = {i: p["alpha"] / p["down"].shape[0] for i, p in parts.items()}
+        common = scales[min(scales)] if len(set(scales.values())) == 1 else 1.0  # stays in alpha: nothing is rounded
         up, start, column = torch.zeros(sum(entry.sizes), rank), 0, 0
         for i, size in enumerate(entry.sizes):
             if i in parts:
                 r = parts[i]["down"].shape[0]
-                up[start : start + size, column : column + r] = parts[i]["up"] * (parts[i]["alpha"] / r)
+                up[start : start + size, column : column + r] = parts[i]["up"] * (scales[i] / common)
                 column += r
             start += size
         down = torch.cat([parts[i]["down"] for i in sorted(parts)])
-        fused = {"down": down, "alpha": float(rank), "blocks": len(parts)}
+        fused = {"down": down, "alpha": common * rank, "blocks": len(parts)}
     fused["up"] = entry.op.to_theirs(up).flatten(1) if entry.op else up
     return fused
 
@@ -359,6 +361,25 @@ def save_file(
     save(tensors, Path(path), metadata | model_hashes(tensors, metadata))
     matched, total, wrong = check_file(path, names)
     return f"{matched}/{total} keys match" + (f"; not matched: {', '.join(wrong[:4])}" if wrong else "")
+
+
+def difference(one: Modules, other: Modules) -> dict[str, float]:
+    """Module -> how far its update in `other` is from that in `one`, relative, to about 1e-8; 1 for one that lacks."""
+    import torch
+
+    found = {}
+    for name, content in one.items():
+        if name not in other:
+            found[name] = 1.0
+            continue
+        pair = (content, other[name])
+        scales = [c["alpha"] / c["up"].shape[1] for c in pair]
+        first, second = [s * c["up"].double() for s, c in zip(scales, pair, strict=True)]
+        downs = [c["down"].flatten(1).double() for c in pair]
+        left, right = torch.cat([first, -second], 1), torch.cat(downs)
+        squares = [((u.T @ u) * (d @ d.T)).sum().clamp(min=0) for u, d in ((left, right), (first, downs[0]))]
+        found[name] = float((squares[0] / squares[1]).sqrt()) if squares[1] > 0 else float(squares[0].sqrt())
+    return found
 
 
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

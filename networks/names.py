@@ -124,7 +124,9 @@ def places_of(space: Space) -> dict[str, Place]:
             module = ours.removesuffix(".weight")
             place = Place(space.qualified(name), entry, layout, i if len(entry.ours) > 1 or entry.op else None)
             others = [theirs + module.removeprefix(start) for start, theirs in space.apart if module.startswith(start)]
-            for spelling in (module, module.replace(".", "_"), *others):
+            # diffusers before 0.20 had these below "processor", which ComfyUI still reads
+            older = module.replace(".to_", ".processor.to_").removesuffix(".0") if ".to_" in module else module
+            for spelling in (module, module.replace(".", "_"), older, *others):
                 found.setdefault(spelling, place)
     return found
 

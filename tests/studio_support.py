@@ -25,7 +25,8 @@ def words_of(toml: Path, **changes: str) -> list[str]:
     """The options of the inference script that name a toy's files; `changes` name others."""
     known = {word.removeprefix("--") for action in _parser(toml)._actions for word in action.option_strings}
     values = {name: value for name, value in tomllib.loads(toml.read_text()).items() if name in known}
-    given = {name: str(toml.parent / value) for name, value in values.items() if isinstance(value, str)}
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    given = {name: str(path) if (path := toml.parent / value).exists() else value for name, value in texts.items()}
     return [word for name, value in (given | changes).items() if value for word in (f"--{name}", str(value))]
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from oracles import accepted_stems
+from oracles import accepted_stems, relative
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 from studio_support import make_toy
@@ -17,6 +17,14 @@ from library.layout import Layout, shapes_of
 
 torch.set_num_threads(1)
 SIDE = 64
+# diffusers' pipelines, or what of them loads a LoRA, by family; of the others the model itself is given the file
+PIPELINES = {
+    "anima": "AnimaLoraLoaderMixin", "auraflow": "AuraFlowPipeline", "chroma": "ChromaPipeline", "flux": "FluxPipeline",
+    "flux2": "Flux2Pipeline", "hidream": "HiDreamImagePipeline", "hunyuan_video": "HunyuanVideoPipeline",
+    "ltx_video": "LTXPipeline", "lumina_2": "Lumina2Pipeline", "qwen_image": "QwenImagePipeline",
+    "sd": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline", "sdxl": "StableDiffusionXLPipeline",
+    "wan": "WanPipeline", "z_image": "ZImagePipeline",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +113,78 @@ def test_all_formats_hold_the_same_update(lora):
         for name, content in modules.items():
             a, b = (c["alpha"] / c["up"].shape[1] * c["up"] @ c["down"].flatten(1) for c in (content, first[name]))
             assert torch.allclose(a, b, atol=1e-6), (format_name, name)
+
+
+def load_as_diffusers_does(name, model, folder, path):
+    """A LoRA file onto a denoiser, by the mixin of the family's pipeline."""
+    import diffusers
+    from diffusers.loaders import lora_pipeline
+
+    if name not in PIPELINES:
+        model.load_lora_adapter(load_file(path), prefix=folder or "transformer")
+        return
+    known = getattr(diffusers, PIPELINES[name], None) or getattr(lora_pipeline, PIPELINES[name])
+    mixin = next(c for c in known.__mro__ if c.__name__.endswith("LoraLoaderMixin"))
+    part = "unet" if folder == "unet" else "transformer"
+    members = {part: model, "components": {part: model}, "hf_device_map": None}
+    type("Pipeline", (mixin,), {"text_encoder": None, "text_encoder_2": None, **members})().load_lora_weights(str(path))
+
+
+def test_diffusers_takes_the_lora_in_its_format_and_predicts_as_we_do(lora, toy_of, tmp_path):
+    pytest.importorskip("peft")
+    from library import sample
+    from networks.lora import create_network
+
+    trainer, _ = lora
+    family = trainer.family
+    if "diffusers" not in family.save_formats:
+        pytest.skip(f"{family.name} has no diffusers format")
+    path = toy_of(family.name).with_name("denoiser.safetensors")
+    plain, model, other = (checkpoints.load_part(family.denoiser, path, dtype=torch.float32) for _ in range(3))
+    model.binding.adapted = family.adapted
+    network = create_network(1.0, 4, 3.0, None, [], model)
+    network.apply_to([], model, False, True)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    network.save_format = "diffusers"
+    network.save_weights(str(tmp_path / "lora.safetensors"), torch.float32, {})
+    load_as_diffusers_does(family.name, other, family.denoiser.diffusers_folder, tmp_path / "lora.safetensors")
+    shape = sample.latent_shape(family, trainer.prompts[0], family.channels_of(plain), SIDE)
+    noisy, (cond, _) = torch.randn(1, *shape, generator=generator), trainer.sample_conds()[0]
+    with torch.no_grad():
+        base, ours, theirs = (family.predict(m, noisy, torch.tensor([0.4]), [cond]) for m in (plain, model, other))
+    assert relative(theirs, ours) < 1e-5 and relative(base, ours) > 0.01
+
+
+@pytest.fixture(scope="module")
+def saved(lora):
+    """The trained LoRA in every format of its family; format -> file."""
+    trainer, output = lora
+    files = {}
+    for trainer.network.save_format in trainer.family.save_formats:
+        files[trainer.network.save_format] = path = output / f"saved_{trainer.network.save_format}.safetensors"
+        trainer.network.save_weights(str(path), torch.float32, {})
+    return files
+
+
+def test_the_converter_gives_every_format_from_every_other(lora, saved, toy_of, tmp_path):
+    """The same files as a save in that format, but for alpha where the source has it folded in."""
+    from networks import formats
+    from tools.convert import convert
+
+    trainer, _ = lora
+    base, names = toy_of(trainer.family.name).with_name("denoiser.safetensors"), trainer.network.layout
+    for source in saved:
+        for target in saved:
+            path = tmp_path / f"{source}_{target}.safetensors"
+            lines = convert(saved[source], path, target, trainer.family.name, base)
+            assert "the same update in every module" in lines, lines
+            found, wanted = load_file(path), load_file(saved[target])
+            assert found.keys() == wanted.keys()
+            assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+            both = [formats.read(tensors, names) for tensors in (found, wanted)]
+            assert max(formats.difference(*both).values()) < 1e-6
 
 
 def test_a_picture_is_drawn_while_training(lora):

@@ -1,15 +1,18 @@
 """Convert a LoRA between file formats: python tools/convert.py SRC DST --to comfy|kohya|diffusers
 
-Metadata is kept and hashes are recomputed. Widths come from the base model: from `--base FILE` (only its header is
-read), or without it from the family's released size.
+Text encoders included; metadata is kept and hashes are recomputed. Before anything is written the new file's update is
+held against the old one's, module by module. Widths come from `--base FILE...` (only headers are read), or without it
+from the released sizes of the family.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its inspect.py hides the standard one
 
@@ -17,8 +20,12 @@ from library.errors import ConfigError, run
 from library.families import FAMILIES, get_family
 
 if TYPE_CHECKING:
-    from library.families.family import Part
-    from library.layout import Layout
+    from library.families.family import Family
+    from networks.formats import Modules
+    from networks.names import Space
+
+DTYPES = ("float32", "float16", "bfloat16")
+EXACT = 1e-6  # relative: what float32 rounds is 1e-7, what half precision rounds 1e-4 and more
 
 
 def arguments() -> argparse.Namespace:
@@ -31,12 +38,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model_type", choices=list(FAMILIES), help="family; default: the one whose names the file has"
     )
-    parser.add_argument("--base", type=Path, help="the denoiser's file, for a model that is not of the released size")
+    parser.add_argument(
+        "--base", type=Path, nargs="+", default=[], help="the model's files, where it is not of a released size"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="number format to write; default: the source's")
+    parser.add_argument("--rounded", action="store_true", help="write the file also where that rounds the update")
     return parser.parse_args()
 
 
-def convert(source: Path, target: Path, to: str, model_type: str | None = None, base: Path | None = None) -> str:
-    """Convert one file; returns lines for people. Raises ConfigError if it is not a LoRA of a known family."""
+def convert(
+    source: Path,
+    target: Path,
+    to: str,
+    model_type: str | None = None,
+    base: Path | Sequence[Path] = (),
+    dtype: str | None = None,
+    rounded: bool = False,
+) -> str:
+    """Convert one file; returns lines for people.
+
+    Raises ConfigError if it is not a LoRA of a known family, and where the target's numbers would round the update
+    unless `rounded`.
+    """
+    import torch
+
     from networks import formats
 
     if source.resolve() == target.resolve():
@@ -44,62 +69,85 @@ def convert(source: Path, target: Path, to: str, model_type: str | None = None, 
     tensors = formats.load_file(source)
     if not formats.is_lora(tensors):
         raise ConfigError(f"{source} is not a LoRA: none of its {len(tensors)} keys is an adapter's")
-    metadata = formats.header_of(source)[1]
-    names = [model_type] if model_type else families_of(base)
+    family, names, modules = find(tensors, source, model_type, [base] if isinstance(base, Path) else list(base))
+    if to not in family.save_formats:
+        known = ", ".join(family.save_formats)
+        raise ConfigError(
+            f"--to {to}: no program is known that reads {family.title} LoRAs in it; choose one of {known}"
+        )
+    wanted = getattr(torch, dtype) if dtype else _dtype(tensors)
+    loss = _loss(modules, formats.read(formats.write(modules, to, names, wanted), names))
+    if loss and not rounded:
+        raise ConfigError(
+            f"{source}: alpha / rank is no power of two, so {to} files in {str(wanted).removeprefix('torch.')} would "
+            f"round {loss}; write it exactly with --dtype float32, or accept that with --rounded"
+        )
+    line = formats.save_file(modules, target, to, names, wanted, formats.header_of(source)[1])
+    lines = [f"{source} ({formats.detect_format(tensors)}) -> {target} ({to}): {len(modules)} modules, {line}"]
+    lines.append(f"rounded: {loss}" if loss else "the same update in every module")
+    return "\n".join([*lines, *cost(modules, to, source, target)])
+
+
+def find(
+    tensors: dict[str, Any], source: Path, model_type: str | None, base: Sequence[Path]
+) -> tuple[Family, tuple[Space, ...], Modules]:
+    """The family and size whose names and shapes the LoRA has. Raises ConfigError naming what comes nearest."""
+    from networks import formats, sizes
+
     errors = []
-    for name in names:
-        try:
-            layout = layout_of(get_family(name).denoiser, base)
-            modules = formats.read(tensors, layout, str(source))
-            break
-        except ConfigError as error:
-            errors.append(f"{name}: {error}")
-    else:
-        hint = "" if base else " (for a model that is not of the released size give --base FILE)"
-        nearest = min(errors, key=lambda error: "another size" not in error)  # the names fit, the widths do not
-        others = f" (and to none of the other {len(errors) - 1} families)" if len(errors) > 1 else ""
-        raise ConfigError(f"{nearest}{others}{hint}")
-    before = formats.detect_format(tensors)
-    dtype = next(value.dtype for key, value in tensors.items() if formats.split_key(key)[1] == "down")
-    line = formats.save_file(modules, target, to, layout, dtype, metadata)
-    return "\n".join([f"{source} ({before}) -> {target} ({to}): {len(modules)} modules, {line}", *cost(modules, to)])
+    for name in sizes.likely([model_type] if model_type else families_of(base), tensors):
+        family = get_family(name)
+        for title, names in sizes.spaces(family, tensors, base):
+            try:
+                return family, names, formats.read(tensors, names, str(source))
+            except ConfigError as error:
+                errors.append((name, f"{name} ({title}): {error}"))
+    hint = "" if base else " (for a model that is not of a released size give --base FILE)"
+    nearest = min((text for _, text in errors), key=lambda text: "another size" not in text)  # the names fit
+    families = {name for name, _ in errors}
+    others = f" (and to none of the other {len(families) - 1} families)" if len(families) > 1 else ""
+    raise ConfigError(f"{nearest}{others}{hint}")
 
 
-def families_of(base: Path | None) -> list[str]:
-    """The families whose denoiser the base file can be; all without one. Raises ConfigError for a file of none."""
+def families_of(base: Sequence[Path]) -> list[str]:
+    """The families whose denoiser the base files can be; all without one. Raises ConfigError for files of none."""
     from library import checkpoints
 
-    if base is None:
+    if not base:
         return list(FAMILIES)
     names, first = [], None
     for name in FAMILIES:
-        try:
-            checkpoints.find_part(get_family(name).denoiser, base)
-            names.append(name)
-        except ConfigError as error:
-            first = first or error
+        for file in base:
+            try:
+                checkpoints.find_part(get_family(name).denoiser, file)
+                names.append(name)
+                break
+            except ConfigError as error:
+                first = first or error
     if not names:
-        raise first or ConfigError(f"{base} is no denoiser")
+        raise first or ConfigError(f"{base[0]} is no denoiser")
     return names
 
 
-def layout_of(part: Part, base: Path | None) -> Layout:
-    """The original layout of a model of the base file's size, or of the released size, built on the meta device."""
+def _dtype(tensors: dict[str, Any]) -> Any:
+    """The narrowest number format that holds all matrices."""
     import torch
 
-    from library import checkpoints
-    from library.layout import shapes_of
+    from networks.formats import split_key
 
-    config = {}
-    if base:
-        checkpoint, name = checkpoints.find_part(part, base)
-        config = part.config(checkpoint.shapes, checkpoints.facts(part, checkpoint), name)
-    with torch.device("meta"):
-        shapes = shapes_of(part.build(config))
-    return checkpoints.layout_of(part, next(iter(part.layouts)), shapes)
+    kinds = {value.dtype for key, value in tensors.items() if (split_key(key) or ("", ""))[1] in ("down", "up")}
+    return functools.reduce(torch.promote_types, kinds)
 
 
-def cost(modules: dict, to: str) -> list[str]:
+def _loss(modules: Modules, written: Modules) -> str:
+    """How much of the update is lost, "" = none."""
+    from networks.formats import difference
+
+    far = {name: value for name, value in difference(modules, written).items() if value > EXACT}
+    return f"{len(far)} of {len(modules)} modules by up to {max(far.values()):.1e} of their update" if far else ""
+
+
+def cost(modules: Modules, to: str, source: Path, target: Path) -> list[str]:
     """What putting separate q, k, v adapters on fused modules costs, if it had to be done."""
     from networks.formats import FORMATS
 
@@ -107,15 +155,17 @@ def cost(modules: dict, to: str) -> list[str]:
     if not joined or FORMATS[to].layout != "original":
         return []
     ranks = sorted({content["down"].shape[0] for content in joined.values()})
+    before, after = (path.stat().st_size / 1e6 for path in (source, target))
     return [
         f"{len(joined)} fused modules hold several separate adapters side by side, exactly, at rank "
-        f"{', '.join(map(str, ranks))}: the sum of theirs"
+        f"{', '.join(map(str, ranks))}: the sum of theirs ({before:.1f} -> {after:.1f} MB)"
     ]
 
 
 def main() -> None:
     options = arguments()
-    print(convert(options.source, options.target, options.to, options.model_type, options.base))
+    chosen = (options.model_type, options.base, options.dtype, options.rounded)
+    print(convert(options.source, options.target, options.to, *chosen))
 
 
 if __name__ == "__main__":
