@@ -1,4 +1,4 @@
-"""The names that LoRA files of a family have, for a model of a given size: from its files' headers, else as released."""
+"""The names that LoRA files of a family have, for a model of a given size: from its files, else as released."""
 
 from __future__ import annotations
 

@@ -162,9 +162,9 @@ def saved(lora):
     """The trained LoRA in every format of its family; format -> file."""
     trainer, output = lora
     files = {}
-    for trainer.network.save_format in trainer.family.save_formats:
-        files[trainer.network.save_format] = path = output / f"saved_{trainer.network.save_format}.safetensors"
-        trainer.network.save_weights(str(path), torch.float32, {})
+    for name in trainer.family.save_formats:
+        trainer.network.save_format, files[name] = name, output / f"saved_{name}.safetensors"
+        trainer.network.save_weights(str(files[name]), torch.float32, {})
     return files
 
 
