@@ -92,10 +92,11 @@ class NetworkTrainer:
         for note in notes if runtime.is_main else ():
             print(f"note: {note}", file=sys.stderr, flush=True)
         encoders = strategies.Encoders(runtime.load_vae, runtime.load_image_encoders)
+        runtime.now = "caching latents"  # for the sentence about a failure
         self.latents = strategies.latent_source(
             self.dataset, self.family, encoders, options, runtime.rank, runtime.world
         )
-        extra = prompts.asked_of_text(self.prompts, self.family)
+        runtime.now, extra = "caching text", prompts.asked_of_text(self.prompts, self.family)
         self.text = strategies.text_source(
             self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world,
             is_trained=self.plan.trained.any_text,

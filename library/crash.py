@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 LINES = 200  # of the terminal and of the step log
 KEPT = 5  # bundles in one output folder
+PLANNING = 90.0  # seconds that the planner gets to say what would fit
 
 
 class _Tee(io.TextIOBase):
@@ -138,15 +140,60 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(trainer: NetworkTrainer, error: BaseException) -> str:
-    """One sentence: in which phase, for which bucket and files, how much there is, and the two cheapest changes."""
+    """One sentence: in which phase, for which bucket and files, how much there is, and the cheapest change.
+
+    On an accelerator the planner (library.memory.advice) says what fits; where it cannot, it is a list by cost.
+    """
     runtime = getattr(trainer, "runtime", None)
     where = getattr(runtime, "now", "") or "the start"
-    batch = getattr(trainer, "at", None)
-    if batch is not None:
-        size = "x".join(map(str, batch.items[0].bucket))
-        names = ", ".join(item.path.name for item in batch.items[:3])
-        where += f" of a batch of {len(batch.items)} in bucket {size} ({names})"
-    return f"out of memory in {where}{_held(runtime)}; try {' or '.join(remedies(trainer)[:2])}"
+    items = getattr(error, "items", None)  # of a batch that was being cached
+    if items is None and (batch := getattr(trainer, "at", None)) is not None:
+        items = batch.items
+    if items:
+        size = "x".join(map(str, items[0].bucket))
+        names = ", ".join(item.path.name for item in items[:3])
+        where += f" of a batch of {len(items)} in bucket {size} ({names})"
+    known = remedies(trainer)
+    planned = by_plan(trainer, where)
+    advice = f"{planned}; else try {known[-1]}" if planned else f"try {' or '.join(known[:2])}"
+    return f"out of memory in {where}{_held(runtime)}; {advice}"
+
+
+def by_plan(trainer: NetworkTrainer, where: str, seconds: float = PLANNING) -> str:
+    """The planner's cheapest settings for the memory that this run can have; "" where it has no answer in time."""
+    device = getattr(getattr(trainer, "runtime", None), "device", None)
+    if device is None or device.type != "cuda":
+        return ""
+    facts = memory()[f"cuda:{device.index or 0}"]
+    room = min(facts["total"], facts["free"] + facts["reserved"])  # what other programs hold is not to be had
+    found: list[str] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # the failure is to be told in any case
+            found.append(_settings(trainer, where, room))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return found[0] if found else ""
+
+
+def _settings(trainer: NetworkTrainer, where: str, room: int) -> str:
+    from library.memory import advice, plan_table
+
+    options, family, work = trainer.options, trainer.family, plan_table.largest(trainer.dataset)
+    if where.startswith("caching latents"):
+        settings = advice.latents(options, family, work, room)
+        settings = {name: value for name, value in settings.items() if getattr(options, name) != value}
+        return f"the cheapest change is {advice.words(settings)}, with which caching takes longer" if settings else ""
+    if where.startswith("caching"):
+        return ""
+    found = advice.smaller(options, family, work, room)
+    if not found["settings"]:
+        return ""
+    verdict = "the cheapest settings that fit are" if found["fits"] else "it does not fit; closest is"
+    cost = f" ({'; '.join(found['costs'])})" if found["costs"] else ""
+    return f"{verdict} {advice.words(found['settings'])}, by plan {found['peak_bytes'] / 1e9:.2f} GB{cost}"
 
 
 def _held(runtime: Any) -> str:
@@ -177,8 +224,11 @@ def remedies(trainer: NetworkTrainer) -> list[str]:
     """What would need less memory and is not done yet, cheapest in time first."""
     options, out = trainer.options, []
     have = options.as_dict()
-    caching = getattr(getattr(trainer, "runtime", None), "now", "") == "caching"
-    if caching and options.vae_batch_size > 1:
+    now = getattr(getattr(trainer, "runtime", None), "now", "")
+    caching = now.startswith("caching")
+    if now == "caching text" and not have.get("text_encoder_cpu", True):
+        out.append("--text_encoder_cpu")
+    elif caching and options.vae_batch_size > 1:
         out.append("--vae_batch_size 1")
     if not caching and not options.gradient_checkpointing:
         out.append("--gradient_checkpointing")

@@ -253,10 +253,14 @@ def _encode_one(
     given, vae = [future.result() for future in futures], encoders.vae()
     device = next(vae.parameters()).device
     pixels = given[0].pixels[None] if len(given) == 1 else torch.stack([one.pixels for one in given])  # may be large
-    pixels = pixels.to(device)
-    with torch.no_grad():
-        latents = family.encode_image(vae, pixels).to("cpu", STORED).contiguous()
-        conds = [encoders.item(family, one, device) for one in given]
+    try:
+        pixels = pixels.to(device)
+        with torch.no_grad():
+            latents = family.encode_image(vae, pixels).to("cpu", STORED).contiguous()
+            conds = [encoders.item(family, one, device) for one in given]
+    except Exception as error:
+        error.items = [item for item, _ in batch]  # for the sentence about a failure
+        raise
     for (item, flip), value, cond in zip(batch, latents, conds, strict=True):
         if not torch.isfinite(value).all():
             raise DatasetError(

@@ -50,7 +50,7 @@ def edits(most, text_pictures=None, least=0, size=None):
     """What an edit model says of its control pictures."""
     return SimpleNamespace(
         title="Edit", max_controls=most, least_controls=least, control_size=size, text_pictures=text_pictures,
-        frames=None, pixel_multiple=16, partly_live=None,
+        frames=None, pixel_multiple=16, partly_live=None, caption_text=str,
     )  # fmt: skip
 
 
@@ -329,6 +329,7 @@ class Edit:
     def __init__(self, sees=True):
         self.name, self.title, self.recipe, self.max_controls, self.frames = "edit", "Edit", "", 2, None
         self.least_controls, self.control_size, self.partly_live = 0, None, None
+        self.caption_text = str
         tokenizer = Tokenizer("tokenizer", "owner/name")
         self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer, precision_options=""),)
         self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tomllib
 import torch
+from test_memory_plan import large_pictures, parsed, real_peak  # noqa: F401
 from training_support import arguments, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 from library import crash, errors, watch
@@ -111,8 +112,50 @@ def test_out_of_memory_while_caching_says_so(toy, pictures, tmp_path, monkeypatc
 
     family = get_family("z_image")
     monkeypatch.setattr("library.families.z_image.Z_IMAGE", replace(family, encode_image=fails))
-    with pytest.raises(errors.OutOfMemoryError, match="out of memory in caching"):
+    match = r"in caching latents of a batch of 2 in bucket 64x64 \(\d\.png, .*; try --vae_batch_size 1 or"
+    with pytest.raises(errors.OutOfMemoryError, match=match):
         train_network.main("z_image", arguments(toy, pictures, tmp_path, "--vae_batch_size", "2"))
+
+
+def card(monkeypatch, total):
+    """A GPU of which this run has everything."""
+    facts = {"name": "card", "free": 0, "total": total, "reserved": total, "allocated": total}
+    monkeypatch.setattr(crash, "memory", lambda: {"cuda:0": facts})
+
+
+def test_on_a_card_the_planner_names_the_cheapest_settings_and_a_run_with_them_fits(
+    toy, large_pictures, tmp_path, monkeypatch
+):  # noqa: F811
+    from train_network import NetworkTrainer
+
+    options = parsed(toy, large_pictures, tmp_path / "a")
+    trainer = NetworkTrainer(options)
+    trainer.runtime = SimpleNamespace(now="the forward and backward pass", device=torch.device("cuda", 0))
+    needed = real_peak(options, monkeypatch)
+    with_it = real_peak(options.replace(gradient_checkpointing=True, output_dir=str(tmp_path / "b")), monkeypatch)
+    assert with_it < 0.8 * needed
+    card(monkeypatch, (needed + with_it) // 2)
+    said = crash.out_of_memory(trainer, torch.OutOfMemoryError("no"))
+    assert "the cheapest settings that fit are --gradient_checkpointing, by plan" in said
+    told = float(re.search(r"by plan ([\d.]+) GB", said)[1]) * 1e9
+    assert told == pytest.approx(with_it, rel=0.1, abs=5e6) and "about a third more time" in said
+    card(monkeypatch, 2 * needed)  # it did not fit although the plan says so: never the settings that it has
+    assert "that fit are --gradient_checkpointing" in crash.out_of_memory(trainer, torch.OutOfMemoryError("no"))
+    card(monkeypatch, 1000)
+    assert "it does not fit; closest is --gradient_checkpointing" in crash.out_of_memory(trainer, MemoryError())
+
+
+def test_a_planner_that_fails_or_takes_too_long_costs_nothing(toy, pictures, tmp_path, monkeypatch):  # noqa: F811
+    from train_network import NetworkTrainer
+
+    trainer = NetworkTrainer(parsed(toy, pictures, tmp_path))
+    trainer.runtime = SimpleNamespace(now="the forward and backward pass", device=torch.device("cuda", 0))
+    card(monkeypatch, 10**6)
+    monkeypatch.setattr(crash, "_settings", lambda *_: time.sleep(5))
+    began = time.monotonic()
+    assert crash.by_plan(trainer, "", seconds=0.1) == "" and time.monotonic() - began < 3
+    monkeypatch.setattr(crash, "_settings", lambda *_: 1 / 0)
+    assert "; try --gradient_checkpointing or " in crash.out_of_memory(trainer, torch.OutOfMemoryError("no"))
 
 
 def test_mistakes_in_options_leave_no_folder(toy, pictures, tmp_path):  # noqa: F811

@@ -76,7 +76,8 @@ def caption_ends(examined: Examined, family: Family | None, options: Options) ->
         return None, f"captions are not measured: give --{lacking} a folder or a hub id"
     tokenizers = load_tokenizers(family, options)
     items = (*examined.dataset.items, *examined.dataset.validation)
-    ends = {item.file: family.tokenize(tokenizers, findings.final_caption(item))[1] for item in items}
+    texts = {item.file: family.caption_text(findings.final_caption(item)) for item in items}
+    ends = {file: family.tokenize(tokenizers, text)[1] for file, text in texts.items()}
     return {file: end for file, end in ends.items() if end}, ""
 
 

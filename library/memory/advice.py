@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.memory.planner import Account, Planner
@@ -19,6 +19,11 @@ FUSED = ("fused_backward_pass", True, "no accumulation and no clipping by the gl
 TEXT = {"vl": "fp8_vl", "t5": "fp8_t5", "llm": "fp8_llm"}
 
 
+def words(settings: Mapping[str, Any]) -> str:
+    """Settings as a command line has them."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
+
+
 def fitting(options: Any, family: Family, work: Work, plan: dict[str, Any], vram: float) -> dict[str, Any]:
     """{"fits", "settings": {option: value}, "costs": [...], "peak_bytes"} for a device of `vram` GB (10^9 bytes)."""
     limit = int(vram * GB)
@@ -29,7 +34,8 @@ def fitting(options: Any, family: Family, work: Work, plan: dict[str, Any], vram
         settings["text_encoder_cpu"] = True
         costs.append("captions are encoded on the CPU, once: seconds to minutes each; cache them on disk")
     if phases["latents"]["peak_bytes"] > limit:
-        settings |= _latents(options, family, work, limit, costs)
+        settings |= latents(options, family, work, limit)
+        costs.append("caching latents takes longer")
     return {
         "vram_bytes": limit,
         "fits": peak <= limit,
@@ -37,6 +43,18 @@ def fitting(options: Any, family: Family, work: Work, plan: dict[str, Any], vram
         "costs": costs,
         "training_peak_bytes": peak,
     }
+
+
+def smaller(options: Any, family: Family, work: Work, room: int) -> dict[str, Any]:
+    """{"settings", "costs", "peak_bytes", "fits"} for a training that has run out of `room` bytes.
+
+    The settings are never those that it has: where the plan says that these fit, what it cannot see (fragments,
+    libraries) has taken the rest, and what needs a tenth less is looked for.
+    """
+    found = _training(options, family, work, room)
+    if not found["settings"]:
+        found = _training(options, family, work, int(0.9 * min(room, found["peak_bytes"])))
+    return found | {"fits": found["peak_bytes"] <= room}
 
 
 def _training(options: Any, family: Family, work: Work, limit: int) -> dict[str, Any]:
@@ -60,6 +78,8 @@ def _training(options: Any, family: Family, work: Work, limit: int) -> dict[str,
         device, _, facts = planner.training(shape, cond | extra)
         if device.peak <= limit:
             return {"settings": taken, "costs": costs, "peak_bytes": device.peak}
+    if not facts["most_blocks_to_swap"]:
+        return {"settings": taken, "costs": costs, "peak_bytes": device.peak}
     for count in range(1, facts["most_blocks_to_swap"] + 1):
         smaller, host = Account(device.peak, dict(device.parts)), Account()
         planner.swap(smaller, host, facts["blocks"], count)
@@ -72,11 +92,10 @@ def _training(options: Any, family: Family, work: Work, limit: int) -> dict[str,
     return {"settings": taken | {"blocks_to_swap": count}, "costs": costs, "peak_bytes": smaller.peak}
 
 
-def _latents(options: Any, family: Family, work: Work, limit: int, costs: list[str]) -> dict[str, Any]:
-    """One picture at a time, and the VAE in strips where the family can."""
-    single = Planner(options.replace(vae_batch_size=1), family, replace(work)).latents()[0]
+def latents(options: Any, family: Family, work: Work, limit: int) -> dict[str, Any]:
+    """Settings for encoding latents within `limit` bytes: one picture at a time, in strips where the family can."""
+    single = Planner(options.replace(vae_batch_size=1), family, work).latents()[0]
     settings: dict[str, Any] = {"vae_batch_size": 1}
     if single.peak > limit and any(option.name == "vae_chunk_size" for option in family.options):
         settings["vae_chunk_size"] = 16
-    costs.append("caching latents takes longer")
     return settings

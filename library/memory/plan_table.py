@@ -59,7 +59,9 @@ def _parts(values: dict[str, int]) -> str:
 def _advice(advice: dict[str, Any] | None) -> list[str]:
     if not advice:
         return []
-    settings = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in advice["settings"].items())
+    from library.memory.advice import words
+
+    settings = words(advice["settings"])
     verdict = "it fits with" if advice["fits"] else "it does not fit; closest is"
     peak = _gb(advice["training_peak_bytes"])
     lines = [f"in {advice['vram_bytes'] / 1e9:g} GB {verdict} {settings or 'these settings'}: training takes {peak} GB"]
