@@ -64,13 +64,13 @@ def generate_latents(
 
     sigmas = way.times(steps, shift, image_tokens(family, shape)).to(device)
     x = family.objective.start(fresh(), sigmas[0])
-    conds = [{k: v.to(device) for k, v in c.items()} for c in ([cond, uncond] if scale != 1 else [cond])]
-    guide = guided
-    if family.guide:
-        guide = family.guide({**(settings or default_settings(family)), "sample_steps": steps}, cond)
+    settings = {**(settings or default_settings(family)), "sample_steps": steps}
+    conds = [cond] if scale == 1 else [cond, *family.unprompted(settings, uncond)]
+    conds = [{k: v.to(device) for k, v in c.items()} for c in conds]
+    guide = family.guide(settings, cond) if family.guide else guided
     for step, (now, then) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         now_conds = [one | {"next_sigma": then} for one in conds]  # which few-step models want to know
-        strength = family.scale_at(scale, float(now), settings or {}) if family.scale_at else scale
+        strength = family.scale_at(scale, float(now), settings) if family.scale_at else scale
         predicted = family.predict(denoiser, x.expand(len(conds), *shape), now.expand(len(conds)), now_conds)
         if scale != 1:
             predicted = guide(predicted[:1], predicted[1:], strength, step)

@@ -141,7 +141,13 @@ def test_euler_integrates_a_gaussian_to_its_known_solution():
         return x * (t - (1 - t) * s2) / ((1 - t) ** 2 * s2 + t**2)
 
     family = SimpleNamespace(
-        predict=predict, objective=FLOW, pixel_multiple=8, latent_downscale=8, guide=None, scale_at=None
+        predict=predict,
+        objective=FLOW,
+        pixel_multiple=8,
+        latent_downscale=8,
+        guide=None,
+        scale_at=None,
+        inference_options=(),
     )
     out = sample.generate_latents(
         family, None, {}, None, shape=(4, 8, 8), seed=0, steps=2000, scale=1, shift=1.0, device="cpu"

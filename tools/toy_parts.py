@@ -212,6 +212,7 @@ TOYS: dict[str, Toy] = {
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
     ),
     "lumina_2": Toy(vae_ldm(16), {"text_encoder": ToyText(gemma2, 64, "bos")}),
+    "omnigen2": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen25_vl, 64)}),
     "qwen_image": Toy(
         toy_vaes.wan21(),
         {"text_encoder": ToyText(qwen25_vl_seeing, 64, "vision")},

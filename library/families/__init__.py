@@ -19,6 +19,7 @@ FAMILIES: dict[str, str] = {
     "hidream": "library.families.hidream:HIDREAM",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "lumina_2": "library.families.lumina_2:LUMINA_2",
+    "omnigen2": "library.families.omnigen2:OMNIGEN2",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
     "sdxl": "library.families.sdxl:SDXL",

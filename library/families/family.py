@@ -195,6 +195,8 @@ class Family:
     # (values of inference_options and "sample_steps", Cond) -> how one picture's predictions are joined;
     # None = classifier-free guidance
     guide: Callable[..., Any] | None = None
+    # (the same values, Cond of the negative prompt) -> what is predicted for guidance besides the picture of the prompt
+    unprompted: Callable[..., list[Cond]] = lambda settings, uncond: [uncond]
     # (the denoiser's configuration) -> how wide the states of each text encoder have to be, None = any
     text_widths: Callable[[Mapping[str, Any]], tuple[int | None, ...]] | None = None
     advice: Callable[..., tuple[str, ...]] = lambda options: ()  # what the plan says about options that harm this model

@@ -26,6 +26,7 @@ from library.families.family import ItemInput, Text
 from library.memory import sketch, swap_plan
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe, text_recipe
+from library.sample import default_settings
 from library.updates import Updates
 
 if TYPE_CHECKING:
@@ -293,14 +294,15 @@ class Planner:
         return sum(4 * (sum(size[:2]) if len(size) > 1 else math.prod(size)) for size in sizes)
 
     def sampling(self, shape: tuple[int, ...], cond: Cond, weights: int) -> Account:
-        """One step with guidance (two items), then decoding; the denoiser makes room for the VAE."""
+        """One step with guidance (two items or more), then decoding; the denoiser makes room for the VAE."""
         with self.phase() as tracker, torch.no_grad():
             model = self.load(self.family.denoiser, self.dtype, denoiser_recipe(self.options, self.family))
             own = tracker.live
             tracker.restart()
-            conds = [{name: torch.empty(s, dtype=d) for name, (s, d) in cond.items()} for _ in range(2)]
+            one = {name: torch.empty(s, dtype=d) for name, (s, d) in cond.items()}
+            conds = [one, *self.family.unprompted(default_settings(self.family), one)]
             with contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast("cpu", dtype=self.dtype):
-                self.family.predict(model, torch.empty(2, *shape), torch.empty(2), conds)
+                self.family.predict(model, torch.empty(len(conds), *shape), torch.empty(len(conds)), conds)
             step = tracker.peak - own
         decode = self.decoding(shape)
         return Account(max(weights + step, decode), {"weights": weights, "activations": step, "decoding": decode})
