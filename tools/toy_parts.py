@@ -195,6 +195,7 @@ def clip_vision(width: int = 1280, side: int = 28) -> Made:
 
 TOYS: dict[str, Toy] = {
     "anima": Toy(toy_vaes.wan21(), {"text_encoder": ToyText(qwen3, 64)}, tokenizers={"t5_tokenizer_path": "t5"}),
+    "auraflow": Toy(vae_ldm(4, quant=True), {"text_encoder": ToyText(umt5, 2048, "t5")}),
     "chroma": Toy(vae_ldm(16), {"t5xxl": ToyText(t5, 64, "t5")}),
     "cosmos_predict2": Toy(toy_vaes.wan21(), {"t5xxl": ToyText(old_t5, 64, "t5")}),
     "flux": Toy(vae_ldm(16), {"clip_l": ToyText(clip_bare, 32, "clip"), "t5xxl": ToyText(t5, 64, "t5")}),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, str] = {
     "anima": "library.families.anima:ANIMA",
+    "auraflow": "library.families.auraflow:AURAFLOW",
     "chroma": "library.families.chroma:CHROMA",
     "cosmos_predict2": "library.families.cosmos_predict2:COSMOS_PREDICT2",
     "flux": "library.families.flux:FLUX",

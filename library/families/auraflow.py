@@ -8,11 +8,15 @@ a learned grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import ragged
-from library.families.family import Cond, Part
+from library.components import ragged, t5, vae_ldm
+from library.components.tokenizers import ended
+from library.families.family import Cond, Family, Part, Text
 from library.layout import Row, Shape, block, count, identity, row, swap_halves
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 # The width of a head in the published models. No shape shows it, so files of other sizes say in their header
 # metadata how many heads they have.
 HEAD, HEADS_KEY = 256, "num_attention_heads"
-TOKENS = 256
+TOKENS = 256  # of the published pipeline; Pony V7 reads 768
 
 
 def feed_forward(theirs: str, ours: str) -> list[Row]:
@@ -109,6 +113,21 @@ DENOISER = Part(
 )
 
 
+def tokenize(tokenizers: list[Any], caption: str, *, length: int = TOKENS) -> tuple[list[int], str]:
+    """Pile-T5's ids with its end token, at most `length`, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], caption, length)
+
+
+def encode(
+    encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any, *, length: int = TOKENS
+) -> Cond:
+    """{"text": [T,D]}: the last states of the caption's own tokens; T5's mask hides padding from them."""
+    import torch
+
+    ids, _ = tokenize(tokenizers, text.caption, length=length)
+    return {"text": t5.states(encoders[0], torch.tensor([ids], device=device))[0]}
+
+
 def predict(
     denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond], *, tokens: int = TOKENS
 ) -> Tensor:
@@ -116,3 +135,61 @@ def predict(
     dtype = denoiser.proj_out.weight.dtype
     text = ragged.pad([cond["text"].to(dtype) for cond in conds], tokens)
     return denoiser(noisy.to(dtype), text, sigma.float(), return_dict=False)[0].float()
+
+
+def encode_image(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+    return vae_ldm.encode(vae, pixels, *vae_ldm.SDXL)
+
+
+def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    return vae_ldm.decode(vae, latents, *vae_ldm.SDXL)
+
+
+def variant_of(options: Any) -> Family:
+    """The record with the text length that the model was trained with."""
+    length = options.max_sequence_length
+    if length == TOKENS:
+        return AURAFLOW
+    return replace(
+        AURAFLOW,
+        tokenize=partial(tokenize, length=length),
+        encode=partial(encode, length=length),
+        predict=partial(predict, tokens=length),
+        recipe=f"t5 {length}",
+    )
+
+
+LENGTH = Option(
+    "max_sequence_length", "int", TOKENS, "T5 tokens that the model reads, padded: AuraFlow 256, Pony V7 768", low=1
+)
+
+AURAFLOW = Family(
+    name="auraflow",
+    title="AuraFlow",
+    denoiser=DENOISER,
+    vae=vae_ldm.part("an SDXL VAE", channels=4),
+    text_encoders=(t5.pile(),),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=32,  # the model's positions are off by one for odd numbers of patches
+    latent_channels=4,
+    latent_downscale=8,
+    # diffusion-pipe's example for Pony V7 (the seed's system): sigma from a logit-normal distribution without a shift.
+    defaults={"timestep_sampling": "sigmoid"},
+    options=(LENGTH,),
+    save_formats=("comfy", "kohya", "diffusers"),
+    architecture="auraflow",
+    base_model_version="auraflow",
+    resolution=1024,
+    variant_of=variant_of,
+    inference_options=(LENGTH,),
+    # diffusers' AuraFlowPipeline; the shift of the published scheduler.
+    sampling={"sample_steps": 50, "scale": 3.5, "flow_shift": 1.73},
+    text_widths=lambda denoiser: (denoiser["joint_attention_dim"],),
+    released={"denoiser": "auraflow", "vae": "vae_sdxl", "text_encoder": "te_umt5_auraflow"},
+)
