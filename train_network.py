@@ -59,10 +59,14 @@ class NetworkTrainer:
 
     def setup(self) -> None:
         """Caches, models, network, optimizer, resume; each phase's seconds are kept for the report."""
+        from library.memory import plan_of_run
         from library.runtime import Runtime
 
         self.runtime = Runtime(self.options, self.plan)
         self.device = self.runtime.device
+        if self.runtime.is_main:
+            with self.runtime.phase("memory plan"):
+                self.plan.memory = plan_of_run.tell(self.options, self.plan, self.device, self.runtime.say)
         with self.runtime.phase("caching"):
             self._prepare_conditions()
         with self.runtime.phase("loading"):

@@ -272,6 +272,13 @@ PRECISION = _group(
     Opt("use_pinned_memory_for_block_swap", "flag", False, "faster copies; the memory cannot be paged out"),
     Opt("highvram", "flag", False, "keep the denoiser on the device while the VAE decodes sample pictures"),
     Opt("nf4_llm", "flag", False, "hold a language model that encodes text in 4-bit normal floats"),
+    Opt(
+        "memory_plan",
+        "str",
+        "auto",
+        "say at the start how much memory the run will need; auto: on an accelerator, or for a file above 1 GB",
+        choices=("auto", "always", "never"),
+    ),
 )
 
 LOGGING = _group(

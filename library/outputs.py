@@ -17,6 +17,7 @@ from library import optim, report, state, stops, trackers
 from library.dump import dump_batch
 from library.errors import DiskError, Interrupted, NonFiniteError
 from library.health import Late
+from library.memory import plan_of_run
 from library.metadata import save_metadata, training_metadata
 from library.saving import Saves, Schedule, file_name
 from library.updates import Updates
@@ -306,6 +307,7 @@ class Outputs:
             "optimizer steps": str(trainer.position.step),
             "loss, average of the last pass over the data": f"{trainer.position.loss_average:.4f}",
             "keys": self.saves.key_line,
+            **self._memory(),
             **{f"seconds: {name}": f"{value:.1f}" for name, value in self.runtime.seconds.items()},
             **self._style(),
         }
@@ -321,6 +323,13 @@ class Outputs:
             grid=self.samples.grid_path if self.samples else None,
         )
         self.say(f"report: {path}")
+
+    def _memory(self) -> dict[str, str]:
+        """The device's highest use beside the planned one."""
+        text = plan_of_run.measured(self.trainer.plan.memory, self.runtime.device)
+        if text:
+            self.say(f"memory, most at one time on {self.runtime.device}: {text}")
+        return {"memory, most at one time": text} if text else {}
 
     def _style(self) -> dict[str, str]:
         """How far the sample pictures are from the training pictures, before and after."""

@@ -47,6 +47,7 @@ class Plan:
     findings: list[str] = field(default_factory=list)  # about the files of the dataset, a line a kind
     text: str = ""  # the printed plan
     trained: Trained = field(default_factory=Trained)
+    memory: dict[str, Any] | None = None  # the memory plan of --memory_plan, as tools/plan.py --json writes it
 
     @property
     def epochs(self) -> int:

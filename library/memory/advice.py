@@ -85,8 +85,6 @@ def _training(options: Any, family: Family, work: Work, limit: int) -> dict[str,
         planner.swap(smaller, host, facts["blocks"], count)
         if smaller.peak <= limit:
             break
-    else:
-        count = facts["most_blocks_to_swap"]
     gigabytes = host.parts.get("weights", 0) / GB
     costs = [*costs, f"{gigabytes:.1f} GB of weights cross the bus in every pass, forward and backward"]
     return {"settings": taken | {"blocks_to_swap": count}, "costs": costs, "peak_bytes": smaller.peak}
