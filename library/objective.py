@@ -128,6 +128,33 @@ def flow_karras(low: float, high: float) -> Objective:
     return replace(FLOW, times=partial(_karras_times, low=low, high=high), start=lambda noise, sigma: sigma * noise)
 
 
+def edm(low: float, high: float, data: float) -> Objective:
+    """EDM's objective (Karras et al. 2022) for a `predict` that returns velocities, `data` the deviation of the data.
+
+    Its noise level s is sigma / (1 - sigma): the sigmas of --timestep_sampling sigmoid are log-normal noise levels.
+    """
+    return replace(
+        flow_karras(low, high),
+        name="edm",
+        reads=FLOW.reads - {"model_prediction_type"},
+        compare=partial(_edm_compare, data=data),
+        prediction_type="edm",
+    )
+
+
+def _edm_compare(
+    predicted: Tensor, target: Tensor, noisy: Tensor, sigma: Tensor, options: Any, data: float
+) -> tuple[Tensor, Tensor]:
+    """What the network itself returns, whose plain error is EDM's weighted error of the data: with D the data that is
+    meant, (s^2 + data^2) / (s data)^2 |D - x0|^2 = |F - F*|^2, and F - F* is the error of the velocity times
+    sqrt(s^2 + data^2) / (data (1 + s))."""
+    from library import flow
+
+    scale = ((sigma**2 + (data * (1 - sigma)) ** 2).sqrt()) / data
+    scale = flow.expand(scale, noisy)
+    return predicted * scale, target * scale
+
+
 def _karras_times(steps: int, shift: float, tokens: int, low: float, high: float) -> Tensor:
     from library import flow
 

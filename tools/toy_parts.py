@@ -197,6 +197,7 @@ TOYS: dict[str, Toy] = {
     "anima": Toy(toy_vaes.wan21(), {"text_encoder": ToyText(qwen3, 64)}, tokenizers={"t5_tokenizer_path": "t5"}),
     "auraflow": Toy(vae_ldm(4, quant=True), {"text_encoder": ToyText(umt5, 2048, "t5")}),
     "chroma": Toy(vae_ldm(16), {"t5xxl": ToyText(t5, 64, "t5")}),
+    "cosmos": Toy(toy_vaes.cosmos(), {"t5xxl": ToyText(old_t5, 64, "t5")}, options={"i_know_what_i_am_doing": True}),
     "cosmos_predict2": Toy(toy_vaes.wan21(), {"t5xxl": ToyText(old_t5, 64, "t5")}),
     "flux": Toy(vae_ldm(16), {"clip_l": ToyText(clip_bare, 32, "clip"), "t5xxl": ToyText(t5, 64, "t5")}),
     "flux2": Toy(toy_vaes.flux2(), {"text_encoder": ToyText(mistral, 32, "mistral")}),

@@ -1,4 +1,4 @@
-"""NVIDIA's Cosmos-Predict2 transformer, which Anima shares: its names, its sizes, what it is given.
+"""NVIDIA's Cosmos-Predict2 transformer, which Anima shares: its names, its sizes, what it is given; Cosmos' text.
 
 Facts: plain flow time in 0..1 without a factor, noise - x0 is returned, text is zero-padded to 512 tokens without a
 mask, and one channel more says where a picture is padded: nowhere, here.
@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from library.components.tokenizers import ended
 from library.layout import Row, Shape, block, count, row
 from library.option_kinds import Option
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from library.families.family import Cond, Text
 
 TOKENS = 512
 # Of rotary positions in time, height, width: NVIDIA's text-to-image models (ComfyUI's detection has the same numbers).
@@ -94,6 +98,21 @@ def config(shapes: Mapping[str, Shape], layout: str) -> dict[str, Any]:
         "concat_padding_mask": False,  # the channel is counted above and added here: diffusers needs torchvision for it
         "extra_pos_embed_type": None,
     }
+
+
+def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
+    """T5's ids of the caption and its end token, at most 512, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], caption, TOKENS)
+
+
+def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
+    """{"text": [T,D]}: T5's last states, unpadded."""
+    import torch
+
+    from library.components import t5
+
+    ids, _ = tokenize(tokenizers, text.caption)
+    return {"text": t5.states(encoders[0], torch.tensor([ids], device=device))[0]}
 
 
 def video_of(noisy: Tensor) -> Tensor:

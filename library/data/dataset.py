@@ -147,10 +147,10 @@ def prepare(
     """
     specs = load_dataset_config(options)
     report, trained, held_out = Report(bad=bad or {}), [], []
-    rule = None if family is None else family.frames
+    rule, sizes = (None, ()) if family is None else (family.frames, family.sizes)
     seen: set[tuple] = set()
     for number, spec in enumerate(specs):
-        _check_steps(spec, pixel_multiple, number)
+        _check_fixed(spec, family, number) if sizes else _check_steps(spec, pixel_multiple, number)
         items = []
         for subset in spec.subsets:
             key = (number, subset.source, subset.conditioning_data_dir, subset.control_directory, subset.frame_keys)
@@ -167,7 +167,7 @@ def prepare(
                 report.notes += clips.notes([row.video for row in rows if row.video], subset, rule)
         items = _balance(items, report)
         train, held = _split(items, spec, options)
-        _place(train + held, spec)
+        _place(train + held, spec, sizes)
         if family is not None:
             _check_controls(train + held, family)
             _check_frames(train + held, family)
@@ -220,6 +220,26 @@ def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
         )
 
 
+def _check_fixed(spec: DatasetSpec, family: Any, number: int) -> None:
+    """Of a model that takes a few sizes and numbers of frames only. Raises ConfigError for others."""
+    sizes, only = family.sizes, family.frames.only if family.frames else ()
+    where = f"dataset {number + 1}"
+    if tuple(spec.resolution) not in sizes:
+        known = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise ConfigError(
+            f"{where}: resolution {spec.resolution[0]}x{spec.resolution[1]} is none that {family.title} was trained "
+            f"at ({known}); take one of these, or add --i_know_what_i_am_doing"
+        )
+    if spec.bucket_no_upscale:
+        raise ConfigError(f"{where}: bucket_no_upscale does not go with the fixed sizes of {family.title}; remove it")
+    for subset in spec.subsets:
+        if wrong := [frames for frames in subset.target_frames or () if only and frames not in only]:
+            raise ConfigError(
+                f"{where}: target_frames {wrong[0]} is none that {family.title} was trained at "
+                f"({', '.join(map(str, only))}); take one of these, or add --i_know_what_i_am_doing"
+            )
+
+
 def rows_of(items: Iterable[Item]) -> set[int]:
     """The files that these items are of."""
     return {item.row for item in items}
@@ -251,8 +271,9 @@ def _split(items: list[Item], spec: DatasetSpec, options: Any) -> tuple[list[Ite
     return [item for item in items if item.file not in chosen or item.is_reg], held
 
 
-def _place(items: Iterable[Item], spec: DatasetSpec) -> None:
-    predefined = buckets.bucket_list(
+def _place(items: Iterable[Item], spec: DatasetSpec, sizes: tuple[tuple[int, int], ...] = ()) -> None:
+    """The bucket of every item; `sizes` are the only ones that the model takes, if there are any."""
+    predefined = sorted(sizes) or buckets.bucket_list(
         spec.resolution, spec.min_bucket_reso // spec.bucket_reso_steps * spec.bucket_reso_steps,
         -(-spec.max_bucket_reso // spec.bucket_reso_steps) * spec.bucket_reso_steps, spec.bucket_reso_steps,
     )  # fmt: skip

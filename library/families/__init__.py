@@ -14,6 +14,7 @@ FAMILIES: dict[str, str] = {
     "anima": "library.families.anima:ANIMA",
     "auraflow": "library.families.auraflow:AURAFLOW",
     "chroma": "library.families.chroma:CHROMA",
+    "cosmos": "library.families.cosmos:COSMOS",
     "cosmos_predict2": "library.families.cosmos_predict2:COSMOS_PREDICT2",
     "flux": "library.families.flux:FLUX",
     "flux2": "library.families.flux2:FLUX2",

@@ -9,11 +9,14 @@ sigma = s / (1 + s), and `predict` gives the velocity noise - x0 that belongs to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from library.components import cosmos, ragged
-from library.families.family import Cond, Part
+from library.components import cosmos, ragged, t5, vae_cosmos
+from library.families.family import Cond, Family, FrameRule, Part
 from library.layout import Shape, block, count, identity, our_view, row
+from library.objective import edm
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,9 @@ SIGMA_DATA = 0.5
 # EDM's noise levels that the released sampler visits; beyond them the model knows nothing.
 SMALLEST, LARGEST = 0.002, 80.0
 FRAME_RATE = 24.0
+# NVIDIA's five proportions at 720p, and the two lengths: a picture and five seconds.
+SIZES = ((960, 960), (960, 704), (704, 960), (1280, 704), (704, 1280))
+FRAMES = (1, 121)
 # Of rotary positions in time, height, width: 7B, and 14B, which is 5120 wide (ComfyUI's detection has the same).
 ROPE_SCALE, ROPE_SCALE_WIDE, WIDE = (2.0, 1.0, 1.0), (2.0, 2.0, 2.0), 5120
 
@@ -125,3 +131,47 @@ def predict(
     text = ragged.pad([cond["text"].to(dtype) for cond in conds], tokens)
     out = denoiser(video, time, text, fps=frame_rate, return_dict=False)[0].float()
     return (1 + level) * (noisy.float() * (level - data) * scale**2 - SIGMA_DATA * scale * out)
+
+
+def variant_of(options: Any) -> Family:
+    """Other sizes and lengths, for those who ask for them."""
+    if not getattr(options, "i_know_what_i_am_doing", False):
+        return COSMOS
+    return replace(COSMOS, sizes=(), frames=replace(COSMOS.frames, only=()))
+
+
+FREE = Option("i_know_what_i_am_doing", "flag", False, "sizes and numbers of frames that the model was not made for")
+COSMOS = Family(
+    name="cosmos",
+    title="Cosmos 1.0",
+    denoiser=DENOISER,
+    vae=vae_cosmos.part(),
+    text_encoders=(t5.old(),),
+    tokenize=cosmos.tokenize,
+    encode=cosmos.encode,
+    encode_image=vae_cosmos.encode,
+    decode_latents=vae_cosmos.decode,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    # EDM's noise levels are drawn log-normal with mean 0 and deviation 1, as diffusion-pipe (the seed's system) does.
+    defaults={"timestep_sampling": "sigmoid"},
+    options=(FREE,),
+    save_formats=("comfy", "kohya"),
+    architecture="cosmos-1.0",
+    base_model_version="cosmos",
+    resolution=960,
+    sizes=SIZES,
+    frames=FrameRule(vae_cosmos.TIME, 1, FRAME_RATE, only=FRAMES),
+    objective=edm(SMALLEST, LARGEST, SIGMA_DATA),
+    variant_of=variant_of,
+    inference_options=(FREE,),
+    channels_of=lambda denoiser: denoiser.config.out_channels,
+    # NVIDIA's 35 steps, and its guidance of 7, which it adds to the 1 that classifier-free guidance counts from.
+    sampling={"sample_steps": 35, "scale": 8.0, "flow_shift": 1.0, "frame_count": 121},
+    text_widths=lambda denoiser: (denoiser["text_embed_dim"],),
+    released={"denoiser": "cosmos", "vae": "vae_cosmos", "t5xxl": "te_t5xxl_old"},
+)

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from library.components import cosmos, ragged, t5, vae_wan
-from library.components.tokenizers import ended
-from library.families.family import Cond, Family, Part, Text
+from library.families.family import Cond, Family, Part
 from library.layout import Shape, identity
 from library.objective import flow_karras
 
@@ -53,19 +52,6 @@ DENOISER = Part(
 )
 
 
-def tokenize(tokenizers: list[Any], caption: str) -> tuple[list[int], str]:
-    """T5's ids of the caption and its end token, at most 512, and the end of the caption that did not fit."""
-    return ended(tokenizers[0], caption, cosmos.TOKENS)
-
-
-def encode(encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any) -> Cond:
-    """{"text": [T,D]}: T5's last states, unpadded."""
-    import torch
-
-    ids, _ = tokenize(tokenizers, text.caption)
-    return {"text": t5.states(encoders[0], torch.tensor([ids], device=device))[0]}
-
-
 def predict(
     denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, conds: list[Cond], *, tokens: int = cosmos.TOKENS
 ) -> Tensor:
@@ -89,8 +75,8 @@ COSMOS_PREDICT2 = Family(
     denoiser=DENOISER,
     vae=vae_wan.part(),
     text_encoders=(t5.old(),),
-    tokenize=tokenize,
-    encode=encode,
+    tokenize=cosmos.tokenize,
+    encode=cosmos.encode,
     encode_image=vae_wan.encode,
     decode_latents=vae_wan.decode,
     predict=predict,

@@ -65,9 +65,12 @@ class FrameRule:
     fps: float  # frames a second
     least: int = 1  # frames of an item; image-to-video models have nothing to learn from a picture alone
     first_frame: str = "none"  # whether a sample is given its first frame: none, possible, needed
+    only: tuple[int, ...] = ()  # the numbers that it was trained at, if these are all that it takes
 
     def fit(self, frames: int) -> int:
         """The greatest such number that is at most `frames`; 0 if there is none."""
+        if self.only:
+            return max((one for one in self.only if one <= frames), default=0)
         return max(0, (frames - self.offset) // self.multiple * self.multiple + self.offset)
 
     def latents(self, frames: int) -> int:
@@ -160,6 +163,7 @@ class Family:
     architecture: str = ""  # modelspec.architecture without "/lora"
     base_model_version: str = ""  # ss_base_model_version
     resolution: int = 1024  # the model's usual side length
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of all that it was trained at, if it takes no others
     objective: Objective = FLOW  # how noise is mixed in, what `predict` returns, how a sampler steps
     image_encoders: tuple[Part, ...] = ()
     # (caption or prompt) -> the text that is encoded for it; a negative prompt is encoded as it is
