@@ -6,6 +6,7 @@ They are the arguments of networks.lora in other words: ranks by regular express
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from library.errors import ConfigError
@@ -36,22 +37,32 @@ def create_network(*given: Any, neuron_dropout: float | None = None, **kwargs: A
 def translated(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of networks.lora."""
     out = dict(kwargs)
-    ranks = [f"{regex}={_rank(name, out.pop(name))}" for name, regex in PARTS.items() if name in out]
-    left_out = _blocks(out.pop("train_blocks", None))
+    ranks = ranks_of(out, PARTS)
+    skipped = _blocks(out.pop("train_blocks", None))
     for kind, regex in LISTS.items():
-        left_out += _indices(out.pop(f"train_{kind}_block_indices", None), kind, regex)
-    added = []
-    if "in_dims" in out:
-        dims = [_rank("in_dims", one) for one in str(out.pop("in_dims")).strip("[] ").split(",")]
-        if len(dims) != len(OUTSIDE):
-            names = "img_in, time_in, vector_in, guidance_in, txt_in"
-            raise ConfigError(f"network_args: in_dims has {len(dims)} values; it takes {len(OUTSIDE)}: {names}")
-        added = [name for name, dim in zip(OUTSIDE, dims, strict=True) if dim]
-        ranks += [f"^{name}={dim}" for name, dim in zip(OUTSIDE, dims, strict=True) if dim]
-    _join(out, "network_reg_dims", ranks, first=True)
-    _join(out, "exclude_patterns", left_out)
-    _join(out, "include_patterns", added)
+        skipped += left_out(out, f"train_{kind}_block_indices", regex)
+    added, more = outside(out, "in_dims", OUTSIDE)
+    join(out, "network_reg_dims", [*ranks, *more], first=True)
+    join(out, "exclude_patterns", skipped)
+    join(out, "include_patterns", added)
     return out
+
+
+def ranks_of(out: dict[str, Any], parts: Mapping[str, str]) -> list[str]:
+    """Ranks by pattern that the arguments named in `parts` ask for; those are taken out."""
+    return [f"{regex}={_rank(name, out.pop(name))}" for name, regex in parts.items() if name in out]
+
+
+def outside(out: dict[str, Any], name: str, modules: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(patterns of what is adapted besides the blocks, their ranks) of an argument with a rank for each module."""
+    if name not in out:
+        return [], []
+    dims = [_rank(name, one) for one in str(out.pop(name)).strip("[] ").split(",")]
+    if len(dims) != len(modules):
+        known = ", ".join(one.replace(r"\..*", "").replace("\\", "") for one in modules)
+        raise ConfigError(f"network_args: {name} has {len(dims)} values; it takes {len(modules)}: {known}")
+    ranks = {one: dim for one, dim in zip(modules, dims, strict=True) if dim}
+    return list(ranks), [f"^{one}={dim}" for one, dim in ranks.items()]
 
 
 def _rank(name: str, value: Any) -> int:
@@ -72,8 +83,9 @@ def _blocks(value: Any) -> list[str]:
     return [rf"{regex}\..*" for kind, regex in LISTS.items() if kind != value]
 
 
-def _indices(value: Any, kind: str, regex: str) -> list[str]:
-    """`all`, `none` or `0,2-5`: a pattern of what is left out."""
+def left_out(out: dict[str, Any], name: str, regex: str) -> list[str]:
+    """`all`, `none` or `0,2-5`: a pattern of what an argument leaves out of the blocks below `regex`."""
+    value = out.pop(name, None)
     if value in (None, "all"):
         return []
     if value == "none":
@@ -82,13 +94,13 @@ def _indices(value: Any, kind: str, regex: str) -> list[str]:
     for part in str(value).split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError(f"network_args: train_{kind}_block_indices={value} is not of the form 0,2-5")
+            raise ConfigError(f"network_args: {name}={value} is not of the form 0,2-5")
         chosen += range(int(first), int(last or first) + 1)
     kept = "|".join(str(index) for index in sorted(set(chosen)))
     return [rf"{regex}\.(?!(?:{kept})\.).*"]
 
 
-def _join(out: dict[str, Any], name: str, more: list[str], first: bool = False) -> None:
+def join(out: dict[str, Any], name: str, more: list[str], first: bool = False) -> None:
     if more:
         own = [str(out[name]).strip()] if out.get(name) else []
         if name != "network_reg_dims":  # lists are read as Python's, in which a regex may hold a comma

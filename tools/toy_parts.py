@@ -225,6 +225,10 @@ TOYS: dict[str, Toy] = {
         {"clip_l": ToyText(clip_bare, 32, "clip")},
         denoiser=unet((32, 64, 64, 64), (1, 1, 1, 0), 32, attention_head_dim=8),
     ),
+    "sd3": Toy(
+        vae_ldm(16),
+        {"clip_l": ToyText(clip_bare, 32, "clip"), "clip_g": ToyText(clip, 32), "t5xxl": ToyText(t5, 96, "t5")},
+    ),
     "sdxl": Toy(
         vae_whole(4),
         {"clip_l": ToyText(clip_bare, 32, "clip"), "clip_g": ToyText(clip, 64)},

@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     "omnigen2": "library.families.omnigen2:OMNIGEN2",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
+    "sd3": "library.families.sd3:SD3",
     "sdxl": "library.families.sdxl:SDXL",
     "wan": "library.families.wan:WAN",
     "z_image": "library.families.z_image:Z_IMAGE",

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import tokens
-from library.families.family import Cond, Part
+from library.components import clip, sd3_text, t5, tokens, vae_ldm
+from library.errors import ConfigError
+from library.families.family import Cond, Family, Part
 from library.layout import Row, Shape, block, count, identity, our_view, row, swap_halves
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -145,3 +149,108 @@ def _of_one_length(denoiser: torch.nn.Module, noisy: Tensor, sigma: Tensor, cond
         sigma.float() * 1000,
         return_dict=False,
     )[0].float()
+
+
+def encode_image(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
+    return vae_ldm.encode(vae, pixels, *vae_ldm.SD3)
+
+
+def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    return vae_ldm.decode(vae, latents, *vae_ldm.SD3)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """sd-scripts' name of the model that has this configuration."""
+    if config["qk_norm"] is None:
+        return "3-medium"
+    return "3-5-medium" if config["dual_attention_layers"] else "3-5-large"
+
+
+def variant_of(options: Any) -> Family:
+    """The record for the model in this file and the encoders that there are. Raises ConfigError."""
+    from library.checkpoints import configuration_of, find_part, path_of
+    from library.components.sizes import width_of
+
+    checkpoint, layout = find_part(DENOISER, path_of(DENOISER, options))
+    config = DENOISER.config(checkpoint.shapes, checkpoint.metadata, layout)
+    kind, width = kind_of(config), config["joint_attention_dim"]
+    first = path_of(ENCODERS[0], options)  # checked after this
+    large = width_of(configuration_of(ENCODERS[0], first)) if first and Path(first).exists() else 0
+    has_t5 = path_of(ENCODERS[2], options) is not None
+    without = [name for name in T5_OPTIONS if getattr(options, "given", lambda name: False)(name)]
+    if without and not has_t5:
+        raise ConfigError(f"--{without[0]} has no effect: there is no T5 in this run; give --t5xxl or remove it")
+    length, masks = options.t5xxl_max_token_length, (options.apply_lg_attn_mask, options.apply_t5_attn_mask)
+    settings = {"length": length, "width": width, "clip_masked": masks[0], "t5_masked": masks[1]}
+    marks = (
+        f"t5 {length if has_t5 else 'none'}",
+        *(m for m, on in zip(("lg mask", "t5 mask"), masks, strict=True) if on),
+    )
+    return replace(
+        SD3,
+        title=TITLES[kind],
+        text_encoders=ENCODERS[: 2 + has_t5],
+        text_prefixes=SD3.text_prefixes[: 2 + has_t5],
+        text_widths=lambda denoiser: (None, None, width)[: 2 + has_t5],
+        tokenize=partial(sd3_text.tokenize, length=length),
+        encode=partial(sd3_text.encode, **settings),
+        sampling=SAMPLING[kind],
+        architecture=f"stable-diffusion-{kind}",
+        base_model_version=kind,
+        vary=partial(sd3_text.vary, large=large),
+        recipe=" ".join(marks),
+        advice=lambda options: () if has_t5 else (NO_T5,),
+    )
+
+
+# Stability's model cards; the shift of the published schedulers.
+SAMPLING = {
+    "3-medium": {"sample_steps": 28, "scale": 7.0, "flow_shift": 3.0},
+    "3-5-medium": {"sample_steps": 40, "scale": 4.5, "flow_shift": 3.0},
+    "3-5-large": {"sample_steps": 28, "scale": 3.5, "flow_shift": 3.0},
+}
+TITLES = {kind: f"Stable Diffusion {kind.replace('3-5', '3.5').replace('-', ' ')}" for kind in SAMPLING}
+# Both CLIPs have one vocabulary and, the padding apart, one tokenizer; CLIP-G's padding is token 0.
+ENCODERS = (clip.large(), replace(clip.big(), tokenizer=None), t5.xxl(folder="text_encoder_3"))
+T5_OPTIONS = ("t5xxl_max_token_length", "apply_t5_attn_mask", "t5_dropout_rate")
+NO_T5 = "no T5 in this run: its part of the text is zeros, as the model knows it; --t5xxl names a file"
+TEXT = (
+    Option("t5xxl_max_token_length", "int", sd3_text.TOKENS, "T5 tokens of a caption", low=1),
+    Option("apply_lg_attn_mask", "flag", False, "zeros instead of the states of both CLIPs' padding"),
+    Option("apply_t5_attn_mask", "flag", False, "T5 sees no padding, whose states are zeros"),
+)
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3",
+    denoiser=DENOISER,
+    vae=vae_ldm.part("an SD3 VAE", channels=16),
+    text_encoders=ENCODERS,
+    tokenize=partial(sd3_text.tokenize, length=sd3_text.TOKENS),
+    encode=partial(sd3_text.encode, width=4096),
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=16,
+    latent_channels=16,
+    latent_downscale=8,
+    text_prefixes=("lora_te1", "lora_te2", "lora_te3"),  # sd-scripts' names, which ComfyUI takes
+    # The paper's logit-normal distribution, also diffusion-pipe's; no text encoder is trained unless the run says so.
+    defaults={"timestep_sampling": "sigmoid", "text_encoder_lr": [0.0]},
+    options=(
+        *TEXT,
+        Option("clip_l_dropout_rate", "float", 0.0, "how often an item has zeros for what CLIP-L gives", low=0, high=1),
+        Option("clip_g_dropout_rate", "float", 0.0, "how often an item has zeros for what CLIP-G gives", low=0, high=1),
+        Option("t5_dropout_rate", "float", 0.0, "how often an item has zeros for what T5 gives", low=0, high=1),
+    ),
+    # diffusers' names, which ComfyUI takes too, are what the seed's system saves.
+    save_formats=("diffusers", "comfy", "kohya"),
+    architecture="stable-diffusion-3-medium",
+    base_model_version="3-medium",
+    resolution=1024,
+    variant_of=variant_of,
+    inference_options=TEXT,
+    sampling=SAMPLING["3-medium"],
+    released={"denoiser": "sd3", "vae": "vae_sd3", "clip_l": "te_clip_l", "clip_g": "te_clip_g", "t5xxl": "te_t5xxl"},
+)
