@@ -415,6 +415,45 @@ def test_image_encoders_give_the_states_of_an_independent_implementation(name, s
         assert relative(vision.states(model, tensors["inputs/pixel_values"]), tensors["outputs/last"]) < TOLERANCE
 
 
+def wans_clip(weights):
+    """transformers' names -> those of `XLMRobertaCLIP` in Wan's wan/modules/clip.py, with pieces of its other parts."""
+    get = {key.removeprefix("vision_model."): value for key, value in weights.items()}
+    out = {
+        "visual.patch_embedding.weight": get["embeddings.patch_embedding.weight"],
+        "visual.cls_embedding": get["embeddings.class_embedding"][None, None],
+        "visual.pos_embedding": get["embeddings.position_embedding.weight"][None],
+        "visual.head": torch.ones(4, 2), "textual.token_embedding.weight": torch.ones(3, 2), "log_scale": torch.ones(()),
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        out |= {
+            f"visual.{a}.{kind}": get[f"{b}.{kind}"]
+            for a, b in (("pre_norm", "pre_layrnorm"), ("post_norm", "post_layernorm"))
+        }
+        for i in range(1 + max(int(key.split(".")[2]) for key in get if key.startswith("encoder.layers."))):
+            theirs, ours = f"visual.transformer.{i}", f"encoder.layers.{i}"
+            out[f"{theirs}.attn.to_qkv.{kind}"] = torch.cat([get[f"{ours}.self_attn.{n}_proj.{kind}"] for n in "qkv"])
+            for a, b in (("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("attn.proj", "self_attn.out_proj"),
+                         ("mlp.0", "mlp.fc1"), ("mlp.2", "mlp.fc2")):  # fmt: skip
+                out[f"{theirs}.{a}.{kind}"] = get[f"{ours}.{b}.{kind}"]
+    return out
+
+
+def test_the_image_encoder_of_wans_own_folder_gives_the_same_states(tmp_path):
+    tensors = golden("te_vision_clip_h")
+    model = load(vision.clip_h(), wans_clip(weights_of(tensors, "weights/")), tmp_path, num_attention_heads="4")
+    assert model.binding.layout.name == "wan" and len(model.binding.extras) == 3
+    with torch.no_grad():
+        states = vision.states(model, tensors["inputs/pixel_values"], -2)
+    assert relative(states, tensors["outputs/penultimate"]) < TOLERANCE
+    back = model.binding.layout.to_theirs(model.state_dict())
+    assert all(
+        torch.equal(value, back[key])
+        for key, value in wans_clip(weights_of(tensors, "weights/")).items()
+        if key in back
+    )
+    assert len(back) == len(wans_clip(weights_of(tensors, "weights/"))) - 3
+
+
 PUBLISHED = {  # of laion/CLIP-ViT-H-14-laion2B-s32B-b79K and google/siglip-so400m-patch14-384
     "te_vision_clip_h": {
         "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,

@@ -337,6 +337,26 @@ def test_the_models_own_folder_gives_what_comfyuis_files_give(toy, tmp_path):
     assert torch.equal(drawn(words), theirs)
 
 
+def test_a_diffusers_folder_gives_what_comfyuis_files_give(toy, studios, tmp_path):
+    """Written by diffusers and transformers themselves, from the toy's models."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    studio, root = studios("t2v"), tmp_path / "Wan2.1-T2V-1.3B-Diffusers"
+    for name, model in (("transformer", studio.denoiser), ("vae", studio.vae)):
+        model.save_pretrained(root / name)
+    encoder = studio.encoders[0][0]
+    whole = UMT5EncoderModel(UMT5Config.from_dict(encoder.config.to_dict() | {"use_cache": False}))
+    whole.shared.load_state_dict(encoder.embed_tokens.state_dict())
+    whole.encoder.load_state_dict(encoder.state_dict())
+    whole.save_pretrained(root / "text_encoder", max_shard_size="8MB")
+    shutil.copytree(toy / "tokenizer", root / "tokenizer")
+    names = checkpoints.Checkpoint.open(toy / "denoiser.safetensors").metadata
+    file = root / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: value.clone() for key, value in studio.denoiser.state_dict().items()}
+    save_file(tensors, file, names)  # the toy's heads are narrower than those of all published models
+    assert torch.equal(drawn(["--dit", str(root)]), drawn(words_of(toy, "t2v")[:-2]))
+
+
 def test_fp8_scaled_files_are_read_with_their_scales(toy, tmp_path):
     files = {
         name: fp8_scaled(toy / f"{name}.safetensors", tmp_path / f"{name}.safetensors") for name in ("denoiser", "t5")

@@ -228,6 +228,19 @@ def test_two_loras_go_on_from_the_files_of_both(toy, clips, tmp_path):
         assert torch.equal(adapter.lora_up.weight.detach().cpu(), theirs[key].float())
 
 
+def test_the_memory_plan_counts_both_experts_on_the_host_and_one_on_the_device(toy, clips, tmp_path):
+    from library.memory import planner
+
+    plans = []
+    for more in ((), both(toy)):
+        trainer = trainer_of(toy, LOW["t2v"], clips, tmp_path, *CACHED, *more)
+        plans.append(planner.make(trainer.options, trainer.family, planner.Work(64, 64, 1, 9)))
+    one, two = plans
+    weights = one["device"]["phases"]["training"]["weights_bytes"]
+    assert two["device"]["peak_bytes"] == one["device"]["peak_bytes"]
+    assert two["host"]["peak_bytes"] - one["host"]["peak_bytes"] == two["host"]["experts"] == 2 * weights
+
+
 # ---------------------------------------------------------------- what does not go together
 
 

@@ -1,7 +1,9 @@
 """Image encoders of image-to-video models: CLIP ViT-H/14 (Wan 2.1) and SigLIP so400m/14 at 384 (HunyuanVideo 1.5).
 
-ComfyUI's files have transformers' older names, with `vision_model.` before all; transformers 5 has dropped it. What is
-read are states, never the pooled vector, so heads and projections in a file are carried along unread.
+ComfyUI's files have transformers' older names, with `vision_model.` before all; transformers 5 has dropped it. Wan's
+own file, `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`, has names of its own, q, k and v in one, and a text
+model beside. What is read are states, never the pooled vector, so heads and projections in a file are carried along
+unread.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.components.sizes import count, finish, stated
 from library.families.family import Part
-from library.layout import Row, Shape, row
+from library.layout import Op, Row, Shape, block, row
 
 if TYPE_CHECKING:
     import torch
@@ -29,10 +31,46 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 MODULES = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
 PREFIX = {"original": "vision_model.", "flat": ""}
 LAYOUTS: dict[str, list[Row]] = {name: [row(prefix + m, m) for m in MODULES] for name, prefix in PREFIX.items()}
+_one_more = Op(  # Wan's embeddings have the axes of a batch
+    "one_more", lambda t: t.expand(1, 1, -1) if t.ndim == 1 else t[None], lambda t, shape: t.reshape(shape),
+    lambda shape: (1, 1, *shape) if len(shape) == 1 else (1, *shape),
+)  # fmt: skip
+WAN = [  # `VisionTransformer` of Wan's wan/modules/clip.py
+    row("visual.patch_embedding", "embeddings.patch_embedding"),
+    row("visual.cls_embedding", "embeddings.class_embedding", op=_one_more),
+    row("visual.pos_embedding", "embeddings.position_embedding.weight", op=_one_more),
+    row("visual.pre_norm", "pre_layrnorm"),
+    *block(
+        "visual.transformer.{i}",
+        "encoder.layers.{i}",
+        row("norm1", "layer_norm1"),
+        row("attn.to_qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        row("attn.proj", "self_attn.out_proj"),
+        row("norm2", "layer_norm2"),
+        row("mlp.0", "mlp.fc1"),
+        row("mlp.2", "mlp.fc2"),
+    ),
+    row("visual.post_norm", "post_layernorm"),
+]
+# Layout -> names of patches, positions, the first MLP's first Linear, the list of blocks
+SIZES = {
+    name: (
+        f"{prefix}embeddings.patch_embedding.weight",
+        f"{prefix}embeddings.position_embedding.weight",
+        f"{prefix}encoder.layers.0.mlp.fc1.weight",
+        f"{prefix}encoder.layers.",
+    )
+    for name, prefix in PREFIX.items()
+}
+SIZES["wan"] = (
+    "visual.patch_embedding.weight", "visual.pos_embedding", "visual.transformer.0.mlp.0.weight", "visual.transformer."
+)  # fmt: skip
 
 
 def recognise(shapes: Mapping[str, Shape], clip: bool) -> str | None:
     """CLIP has a class token and no bias in its patches; SigLIP has neither."""
+    if clip and "visual.cls_embedding" in shapes and "visual.transformer.0.attn.to_qkv.weight" in shapes:
+        return "wan"
     for layout, prefix in PREFIX.items():
         if f"{prefix}embeddings.patch_embedding.weight" in shapes:
             has_class = f"{prefix}embeddings.class_embedding" in shapes
@@ -42,16 +80,16 @@ def recognise(shapes: Mapping[str, Shape], clip: bool) -> str | None:
 
 def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str, clip: bool) -> dict[str, Any]:
     """CLIPVisionConfig or SiglipVisionConfig; the picture's side comes from the number of positions."""
-    prefix = PREFIX[layout]
-    width, channels, patch, _ = shapes[f"{prefix}embeddings.patch_embedding.weight"]
-    positions = shapes[f"{prefix}embeddings.position_embedding.weight"][0] - clip
+    patches, places, inner, blocks = SIZES[layout]
+    width, channels, patch, _ = shapes[patches]
+    positions = shapes[places][-2] - clip
     head = math.gcd(width, CLIP_HEAD if clip else SIGLIP_HEAD)
     side = math.isqrt(positions)
     whole = SIGLIP_SIDE if not clip and side == SIGLIP_SIDE // patch else side * patch
     return {
         "hidden_size": width,
-        "intermediate_size": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": count(shapes, f"{prefix}encoder.layers."),
+        "intermediate_size": shapes[inner][0],
+        "num_hidden_layers": count(shapes, blocks),
         "num_attention_heads": stated(metadata, "num_attention_heads", width // head),
         "num_channels": channels,
         "patch_size": patch,
@@ -78,7 +116,7 @@ def _part(name: str, title: str, option: str, clip: bool) -> Part:
         name=name,
         title=title,
         option=option,
-        layouts=LAYOUTS,
+        layouts=LAYOUTS | ({"wan": WAN} if clip else {}),
         recognise=partial(recognise, clip=clip),
         config=partial(config, clip=clip),
         build=_build_clip if clip else _build_siglip,
@@ -92,6 +130,9 @@ def _part(name: str, title: str, option: str, clip: bool) -> Part:
             "text_projection.weight",
             "logit_scale",
             "logit_bias",
+            "textual.",
+            "visual.head",
+            "log_scale",
         ),
         diffusers_folder="image_encoder",
         finish=finish,

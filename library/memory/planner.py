@@ -236,6 +236,9 @@ class Planner:
                  "blocks": {name: (sizes, units[name]) for name, sizes in blocks.items()},
                  "most_blocks_to_swap": swap_plan.largest(counts, units)}  # fmt: skip
         self.swap(device, host, facts["blocks"], options.blocks_to_swap or 0)
+        if family.pair:  # both experts are kept on the host; with block swap part of one is counted already
+            more = 2 * weights - host.parts.get("weights", 0)
+            host.parts["experts"], host.peak = more, host.peak + more
         if getattr(options, "cpu_offload_checkpointing", False):
             _move("activations", saved, device, host)
         return device, host, facts
