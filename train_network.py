@@ -298,12 +298,12 @@ class NetworkTrainer:
 
     def conditions(self, batch: Batch) -> tuple[Tensor, list[dict[str, Tensor]], Any]:
         """Latents [B,C,h,w] float32, what conditions each item and the random draws, on the device."""
-        from library.strategies import Request, item_controls
+        from library.strategies import Request
 
         options, runtime = self.options, self.runtime
         x0, extras = self.latents.finish(batch.pictures.to(self.device), batch.extras)
         asked = [
-            Request.of(self.family, caption, item_controls(item))
+            Request.of_item(self.family, caption, item)
             for caption, item in zip(batch.captions, batch.items, strict=True)
         ]
         conds = [runtime.to_device(self.text.get(one)) | extra for one, extra in zip(asked, extras, strict=True)]

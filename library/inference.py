@@ -314,7 +314,7 @@ class Studio:
         from library.strategies import Encoders
 
         def encode(request: Any) -> dict:
-            return self.family.encode(*self.encoders, request.text(self.family), self.text_device)
+            return request.encoder(self.family)(*self.encoders, request.text(self.family), self.text_device)
 
         pictures = Encoders(lambda: self.vae, lambda: self.image_encoders)
         pair = conditions_of(prompt, self.family, encode, pictures, self.family.resolution, self.device)

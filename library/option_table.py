@@ -103,7 +103,7 @@ SAVING = _group(
         "str",
         None,
         "key names of a LoRA; the family's first one if not set",
-        choices=("comfy", "kohya", "diffusers"),
+        choices=("comfy", "kohya", "diffusers", "original"),
     ),
     Opt(
         "save_precision",

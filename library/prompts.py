@@ -211,7 +211,7 @@ def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
     """What the text encoders are asked for: the prompt and its negative prompt."""
     from library.strategies import Request
 
-    cond = Request.of(family, prompt.prompt, prompt.controls)
+    cond = Request.of(family, prompt.prompt, prompt.controls, prompt.frame_count or 0)
     return cond, replace(cond, caption=prompt.negative_prompt)
 
 
@@ -219,7 +219,8 @@ def asked_of_text(prompts: Sequence[Prompt], family: Any) -> list[Any]:
     """Everything that the text encoders are asked for besides captions; the empty text is what dropout leaves."""
     from library.strategies import Request
 
-    return [Request(""), *(request for prompt in prompts for request in requests_of(prompt, family))]
+    empty = {Request(""), Request("", is_still=family.encode_still is not None)}
+    return [*empty, *(request for prompt in prompts for request in requests_of(prompt, family))]
 
 
 def check_for(prompts: Sequence[Prompt], family: Any) -> None:

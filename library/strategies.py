@@ -284,11 +284,21 @@ class Request:
 
     caption: str
     files: tuple[str, ...] = ()
+    is_still: bool = False  # of a picture, where a video model has other words around a picture's caption
 
     @classmethod
-    def of(cls, family: Family, caption: str, controls: Iterable[Any] = ()) -> Request:
+    def of(cls, family: Family, caption: str, controls: Iterable[Any] = (), frames: int = 0) -> Request:
         """For a caption or a prompt, with what the family puts around it."""
-        return cls(family.caption_text(caption), tuple(map(str, controls)) if family.text_pictures else ())
+        files = tuple(map(str, controls)) if family.text_pictures else ()
+        return cls(family.caption_text(caption), files, family.encode_still is not None and frames == 1)
+
+    @classmethod
+    def of_item(cls, family: Family, caption: str, item: Item) -> Request:
+        return cls.of(family, caption, item_controls(item), item.frames)
+
+    def encoder(self, family: Family) -> Callable[..., Cond]:
+        """(text encoders, tokenizers, Text, device) -> Cond."""
+        return family.encode_still if self.is_still else family.encode
 
     def text(self, family: Family) -> Text:
         if not self.files:
@@ -312,7 +322,7 @@ class LiveText:
         encoders, tokenizers = self.load_encoders()
         device = next(encoders[0].parameters()).device
         with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
-            return self.family.encode(encoders, tokenizers, request.text(self.family), device)
+            return request.encoder(self.family)(encoders, tokenizers, request.text(self.family), device)
 
 
 class CachedText:
@@ -383,7 +393,7 @@ def text_requests(dataset: Dataset, family: Family, extra: Iterable[Request] = (
                 "a new caption in every step; switch them off or do not cache text outputs"
             )
         for caption in variants(item.caption, item.subset):
-            requests.setdefault(Request.of(family, caption, item_controls(item)), item.file)
+            requests.setdefault(Request.of_item(family, caption, item), item.file)
     return requests
 
 
@@ -403,8 +413,8 @@ def text_identities(requests: Iterable[Request], family: Family, options: Any, f
     made_by = f"text {RECIPE} {family.name}{recipe} {' '.join(hashes.of_tree(Path(path)) for path in files)}"
     seen = {file: hashes.of(Path(file)) for file in {file for request in requests for file in request.files}}
     hashes.write()
-    pictures = {r: "".join(f" picture {seen[file]}" for file in r.files) for r in requests}
-    return {request: f"{made_by}{pictures[request]} caption {request.caption}" for request in requests}
+    beside = {r: "".join(f" picture {seen[file]}" for file in r.files) + " still" * r.is_still for r in requests}
+    return {request: f"{made_by}{beside[request]} caption {request.caption}" for request in requests}
 
 
 def _encode_texts(
@@ -417,8 +427,8 @@ def _encode_texts(
 ) -> None:
     encoders, tokenizers = load_encoders()
     device = next(encoders[0].parameters()).device
-    encode = source.rule.encode if source.rule else family.encode
     for request in requests:
+        encode = source.rule.encode if source.rule else request.encoder(family)
         with torch.no_grad():
             given = encode(encoders, tokenizers, request.text(family), device)
         cond = {name: value.cpu().contiguous() for name, value in given.items()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.data.dataset import item_rng, item_seed
-from library.strategies import Request, item_controls, plain_caption
+from library.strategies import Request, plain_caption
 
 if TYPE_CHECKING:
     from train_network import NetworkTrainer
@@ -33,7 +33,7 @@ class Validation:
             x0, extras = trainer.latents.finish(loaded.tensor[None].to(runtime.device), [loaded.extra])
             generator = torch.Generator().manual_seed(item_seed(self.seed, 0, item.index, 0))
             noise = torch.randn(x0.shape, generator=generator).to(runtime.device)
-            request = Request.of(trainer.family, plain_caption(item), item_controls(item))
+            request = Request.of_item(trainer.family, plain_caption(item), item)
             conds = [runtime.to_device(trainer.text.get(request)) | extras[0]]
             for q in QUANTILES:
                 sigma = runtime.sigma(torch.tensor([q], dtype=torch.float64), x0).to(runtime.device)

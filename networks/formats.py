@@ -49,6 +49,7 @@ FORMATS: dict[str, Format] = {
             "comfy", ("diffusion_model.", "text_encoders."), ".", "lora_A.weight", "lora_B.weight", "tensor", "original"
         ),
         Format("kohya", ("lora_unet_", "lora_te"), "_", "lora_down.weight", "lora_up.weight", "tensor", "original"),
+        Format("original", ("transformer.",), ".", "lora_A.weight", "lora_B.weight", "folded", "original"),
         Format(
             "diffusers",
             ("transformer.", "unet.", "text_encoder.", "text_encoder_"),
@@ -97,17 +98,26 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(key.endswith(ending) for key in keys for ending in endings)
 
 
-def detect_format(keys: Iterable[str]) -> str:
+def detect_format(keys: Iterable[str], names: Names | None = None) -> str:
     """Name of the format in FORMATS whose prefix most modules have, else `"other"`.
 
-    Adapters of other kinds count by their prefix; plain LoRA have to have the format's words as well.
+    Adapters of other kinds count by their prefix; plain LoRA have to have the format's words as well. Two formats
+    differ only in the modules' names: which of them a file is in, the models' `names` say, else it is diffusers'.
     """
     votes: dict[str, int] = defaultdict(int)
+    keys = list(keys)
     for key in keys:
         for f in FORMATS.values():
             if key.startswith(f.prefixes) and (key.endswith(f".{f.down}") or split_key(key) is None):
                 votes[f.name] += 1
-    return max(votes, key=lambda name: votes[name]) if votes else "other"
+    if not votes:
+        return "other"
+    found = [name for name in votes if votes[name] == max(votes.values())]
+    if len(found) > 1 and names is not None:
+        stems = {(split_key(key) or (key,))[0] for key in keys}
+        found.sort(key=lambda name: -len(stems & _format_places(name, names).keys()))
+        return found[0]
+    return "diffusers" if "diffusers" in found else found[0]
 
 
 def _sort_keys(keys: Iterable[str], finder: Finder) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -249,7 +259,7 @@ def write(modules: Modules, format_name: str, names: Names, dtype: torch.dtype |
 
 def spelled(form: Format, name: str, layout: Layout) -> str:
     """An original module's name as files of this format have it."""
-    return layout.kohya_names.get(name, name) if form.name == "kohya" else name
+    return layout.kohya_names.get(name, name) if form.name in ("kohya", "original") else name
 
 
 def _pieces(form: Format, name: str, entry: Entry, content: Mapping[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
@@ -300,7 +310,7 @@ def check_keys(shapes: Mapping[str, tuple[int, ...]], names: Names) -> tuple[int
 
     Of adapters of other kinds (third-party networks) the names are checked, not the shapes.
     """
-    places = _format_places(detect_format(shapes), names)
+    places = _format_places(detect_format(shapes, names), names)
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     wrong = []
     for key in shapes:

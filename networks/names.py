@@ -54,13 +54,15 @@ def denoiser_space(layout: Layout, folder: str = "transformer", apart: Sequence[
     """`folder` is the denoiser's in a diffusers repository, which is its prefix in diffusers' files; `apart` says which
     modules of ours have another."""
     prefixes = {"comfy": "diffusion_model.", "kohya": "lora_unet_", "diffusers": f"{folder or 'transformer'}."}
+    prefixes["original"] = "transformer."
     return Space(layout, prefixes, apart=[(f"{ours}.", f"{theirs}.") for ours, theirs in apart])
 
 
 def text_space(layout: Layout, key: str, name: str, folder: str) -> Space:
     """A text encoder's: `name` is ComfyUI's ("clip_l"), `folder` diffusers' ("text_encoder")."""
     comfy = f"text_encoders.{name}.transformer."
-    return Space(layout, {"comfy": comfy, "kohya": f"lora_{key}_", "diffusers": f"{folder}."}, key)
+    prefixes = {"comfy": comfy, "kohya": f"lora_{key}_", "diffusers": f"{folder}.", "original": f"{folder}."}
+    return Space(layout, prefixes, key)
 
 
 def spaces_of(names: Names) -> tuple[Space, ...]:

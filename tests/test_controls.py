@@ -334,6 +334,7 @@ class Edit:
         self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer, precision_options=""),)
         self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0
         self.text_prefixes, self.tokenizers = (), ((tokenizer, self.text_encoders[0]),)
+        self.encode_still = None
         self.text_pictures = (lambda given: tuple(one[:, ::2, ::2] for one in given)) if sees else None
 
     def encode_image(self, vae, pixels):

@@ -1,4 +1,4 @@
-"""Convert a LoRA between file formats: python tools/convert.py SRC DST --to comfy|kohya|diffusers
+"""Convert a LoRA between file formats: python tools/convert.py SRC DST --to comfy|kohya|diffusers|original
 
 Text encoders included; metadata is kept and hashes are recomputed. Before anything is written the new file's update is
 held against the old one's, module by module. Widths come from `--base FILE...` (only headers are read), or without it
@@ -83,7 +83,7 @@ def convert(
             f"round {loss}; write it exactly with --dtype float32, or accept that with --rounded"
         )
     line = formats.save_file(modules, target, to, names, wanted, formats.header_of(source)[1])
-    lines = [f"{source} ({formats.detect_format(tensors)}) -> {target} ({to}): {len(modules)} modules, {line}"]
+    lines = [f"{source} ({formats.detect_format(tensors, names)}) -> {target} ({to}): {len(modules)} modules, {line}"]
     lines.append(f"rounded: {loss}" if loss else "the same update in every module")
     return "\n".join([*lines, *cost(modules, to, source, target)])
 

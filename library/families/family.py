@@ -168,6 +168,8 @@ class Family:
     image_encoders: tuple[Part, ...] = ()
     # (caption or prompt) -> the text that is encoded for it; a negative prompt is encoded as it is
     caption_text: Callable[[str], str] = lambda caption: caption
+    # `encode` of a picture's caption, for video models that have other words around it; None = as of a clip's
+    encode_still: Callable[..., Cond] | None = None
     # (vae, image encoders, ItemInput) -> what else conditions an item, cached beside its latents: "control.0", ...
     encode_item: Callable[..., Cond] | None = None
     # (Cond, latents [C,F,h,w], number in 0..1 that is drawn for an item in every step, options) -> Cond of this step
