@@ -30,6 +30,7 @@ class Counting:
         self.encode_item = self.encode_still = self.text_pictures = self.partly_live = None
         self.text_prefixes, self.control_size, self.caption_text = (), None, str
         self.title, self.max_controls, self.least_controls, self.frames = "Fake", 0, 0, None
+        self.sizes = ()
         self.limit = None
 
     def encode_image(self, vae, pixels):

@@ -49,7 +49,7 @@ def prepared(tmp_path, targets, extra="", family=None, head=HEAD, **changes):
 def edits(most, text_pictures=None, least=0, size=None):
     """What an edit model says of its control pictures."""
     return SimpleNamespace(
-        title="Edit", max_controls=most, least_controls=least, control_size=size, text_pictures=text_pictures,
+        title="Edit", max_controls=most, least_controls=least, control_size=size, text_pictures=text_pictures, sizes=(),
         frames=None, pixel_multiple=16, partly_live=None, caption_text=str,
     )  # fmt: skip
 
@@ -334,7 +334,7 @@ class Edit:
         self.text_encoders = (SimpleNamespace(option="text_encoder", tokenizer=tokenizer, precision_options=""),)
         self.vae, self.image_encoders, self.items, self.texts = SimpleNamespace(option="vae"), (), 0, 0
         self.text_prefixes, self.tokenizers = (), ((tokenizer, self.text_encoders[0]),)
-        self.encode_still = None
+        self.encode_still, self.sizes = None, ()
         self.text_pictures = (lambda given: tuple(one[:, ::2, ::2] for one in given)) if sees else None
 
     def encode_image(self, vae, pixels):

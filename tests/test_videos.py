@@ -24,7 +24,7 @@ from library.families.family import FrameRule
 
 RULE = FrameRule(multiple=4, offset=1, fps=16.0)
 VIDEO = SimpleNamespace(
-    title="Video", max_controls=0, least_controls=0, control_size=None, text_pictures=None, frames=RULE
+    title="Video", max_controls=0, least_controls=0, control_size=None, text_pictures=None, frames=RULE, sizes=()
 )
 
 
@@ -465,7 +465,13 @@ def test_a_model_of_pictures_refuses_videos(tmp_path, folder):
             tmp_path,
             folder,
             family=SimpleNamespace(
-                title="P", max_controls=0, least_controls=0, control_size=None, text_pictures=None, frames=None
+                title="P",
+                max_controls=0,
+                least_controls=0,
+                control_size=None,
+                text_pictures=None,
+                frames=None,
+                sizes=(),
             ),
         )
 

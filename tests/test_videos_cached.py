@@ -23,6 +23,7 @@ class Clips:
         self.least_controls, self.control_size = 0, None
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (), ()
         self.encode_item, self.text_pictures, self.shapes, self.limit = self.item, None, [], limit
+        self.encode_still, self.sizes = None, ()
 
     def encode_image(self, vae, pixels):
         if self.limit is not None and len(self.shapes) >= self.limit:
