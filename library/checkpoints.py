@@ -222,7 +222,7 @@ def find_part(part: Part, path: Path | str) -> tuple[Checkpoint, str]:
     checkpoint = Checkpoint.open(path, part.diffusers_folder)
     for prefix in part.prefixes:
         chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
-        layout = part.recognise(chosen.shapes)
+        layout = part.layout_in(chosen.shapes)
         if layout:
             return chosen, layout
     raise ConfigError(f"{path} is not {part.title}: it is {describe(checkpoint)}")
@@ -240,7 +240,7 @@ def path_of(part: Part, options: Any) -> str | None:
         return base if part.diffusers_folder and (Path(base) / part.diffusers_folder).is_dir() else None
     checkpoint = Checkpoint.open(base)
     held = (checkpoint.with_prefix(prefix) for prefix in part.prefixes if prefix)
-    return base if any(part.recognise(one.shapes) for one in held) else None
+    return base if any(part.layout_in(one.shapes) for one in held) else None
 
 
 def describe(checkpoint: Checkpoint) -> str:

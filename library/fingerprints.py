@@ -210,7 +210,7 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, den
         for prefix in part.prefixes:
             chosen = checkpoint.with_prefix(prefix) if prefix else checkpoint
             shapes = chosen.shapes
-            layout = part.recognise(shapes)
+            layout = part.layout_in(shapes)
             if not layout:
                 continue
             wanted = _names(part, layout, chosen) if exact else shapes

@@ -88,6 +88,8 @@ def _tensor(path: Path, key: str, value: object) -> TensorInfo:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]  # type: ignore[index]
         numbers = [*shape, start, end]
+        if not isinstance(value["shape"], list) or not isinstance(value["data_offsets"], list):  # type: ignore[index]
+            raise ValueError
         if dtype not in BITS or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError
         if end - start != (math.prod(shape) * BITS[dtype] + 7) // 8:

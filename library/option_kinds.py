@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.errors import ConfigError, nearest
+
+LONGEST_NAME = 255  # bytes, on every file system that is in use
 
 KINDS = {  # kind -> what a value looks like, for --help and messages
     "str": "text",
@@ -114,9 +117,19 @@ def _float(value: Any) -> float:
     return number
 
 
+def is_path(text: str) -> bool:
+    """Whether a file could have this name; what could not is an error of the system wherever it is used."""
+    try:
+        return "\0" not in text and all(len(os.fsencode(part)) <= LONGEST_NAME for part in Path(text).parts)
+    except UnicodeEncodeError:
+        return False
+
+
 def _path(value: Any) -> str:
     if not _text(value).strip():
         raise ValueError("the path is empty; remove the option or give a path")
+    if not is_path(value):
+        raise ValueError("no file can have this name")
     return str(Path(value).expanduser()) if value.startswith("~") else value
 
 

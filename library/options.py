@@ -220,11 +220,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is not valid TOML: it is nested too deeply") from None
     except tomllib.TOMLDecodeError as error:
         hint = "; a Windows path needs '/' or single quotes" if "escape" in str(error).lower() else ""
         raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
+    except (RecursionError, ValueError):  # the latter for a number of thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deeply, or has too long a number") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import ConfigError, nearest
+from library.option_kinds import is_path
 
 
 @dataclass(frozen=True)
@@ -151,17 +152,18 @@ def read_files(name: str, value: Any, where: str) -> tuple[str, ...] | str:
     if name == "image_path" and len(paths) != 1:
         raise ConfigError(f"{where}: {name} {value!r}: a video has one first frame")
     for path in paths:
-        if not Path(path).is_file():
-            raise ConfigError(f"{where}: {FILES[name]} {path}: no such file")
+        if not is_path(path) or not Path(path).is_file():
+            raise ConfigError(f"{where}: {FILES[name]} {path[:200]}: no such file")
     return paths[0] if name == "image_path" else tuple(paths)
 
 
 def _number(name: str, value: Any, where: str) -> int | float:
     try:
         number = int(str(value)) if name in WHOLE else float(value)
-    except (TypeError, ValueError):
+        is_finite = math.isfinite(number)
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where}: {name} {value!r} is not a {'whole ' if name in WHOLE else ''}number") from None
-    if not math.isfinite(number):
+    if not is_finite:
         raise ConfigError(f"{where}: {name} {value!r} is not a finite number")
     return number
 

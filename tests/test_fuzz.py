@@ -152,7 +152,7 @@ def test_headers_of_every_model(fuzz):
     def reader(rng):
         part, name = rng.choice(parts)
         shapes = reshaped(whole[name].shapes, rng)
-        layout = part.recognise(shapes)
+        layout = part.layout_in(shapes)
         if layout is None:
             return "not recognised"
         names = [
@@ -392,7 +392,10 @@ def test_values_on_the_command_line(fuzz):
             words += [f"--{rng.choice(names)}", *(rng.choice(values) for _ in range(rng.randint(0, 2)))]
         literal(rng.choice(values))
         made = option_machinery.parse(None, words, "fuzz")
-        option_machinery.check_read(made)
+        try:
+            option_machinery.check_read(made)
+        except ConfigError:
+            return "read"
         return "taken"
 
     assert fuzz(reader)["answers"].get("ConfigError")
@@ -461,11 +464,11 @@ def test_pictures(fuzz):
         path = Path(rng.choice((name, "x.png", "x.jpg")))
         path.write_bytes(mutated(whole[name], rng))
         size, problem = scan.size_of(str(path))
-        seen = decoded.look(str(path))
+        _, seen, _ = decoded.safe_look(str(path))
         assert bool(size) != bool(problem) and "\n" not in problem + seen.problem
         try:
             pixels = images.decode(path)[0]
-        except DatasetError:
+        except (DatasetError, MemoryError):
             assert seen.problem
             return "refused"
         assert not seen.problem and seen.size == (pixels.shape[1], pixels.shape[0])

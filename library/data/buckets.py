@@ -26,7 +26,7 @@ def bucket_list(resolution: Size, smallest: int, largest: int, steps: int) -> li
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // steps * steps
     found = {(side, side)}
-    for width in range(smallest, largest + 1, steps):
+    for width in range(max(smallest, steps), largest + 1, steps):
         height = min(largest, area // width // steps * steps)
         if height >= smallest:
             found |= {(width, height), (height, width)}

@@ -155,5 +155,6 @@ def _starts(room: int, frames: int, subset: SubsetSpec) -> list[int]:
     if subset.frame_extraction == "slide":
         return list(range(0, room + 1, subset.frame_stride))
     if subset.frame_extraction == "uniform" and subset.frame_sample > 1:
-        return sorted({k * room // (subset.frame_sample - 1) for k in range(subset.frame_sample)})
+        count = min(subset.frame_sample, room + 1)  # more are not different ones
+        return sorted({k * room // max(1, count - 1) for k in range(count)})
     return [0]

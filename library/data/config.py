@@ -14,7 +14,10 @@ from typing import Any
 
 from library.data.clips import EXTRACTIONS, TIMESTAMPS
 from library.errors import ConfigError, DatasetError, nearest
+from library.option_kinds import is_path
 
+LARGEST = 65536  # pixels of a side
+MOST = 10**6  # repeats of a picture, frames of a clip: more is a slip, and would fill the memory
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
@@ -235,6 +238,10 @@ def _dataset(entry: Any, general: Mapping[str, Any], source: str, folder: Path, 
             raise ConfigError(f"{place}: it is no table")
         specs.append(_subset(_checked(subset, "[[datasets.subsets]]", place), own, general, place, folder, options))
     values = {k: v for k, v in values.items() if v is not None}
+    for key in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "resolution"):
+        sides = values[key] if isinstance(values.get(key), tuple) else (values.get(key, 1),)
+        if not 1 <= min(sides) <= max(sides) <= LARGEST:
+            raise ConfigError(f"{source}: {key} {values[key]} is not between 1 and {LARGEST} pixels")
     spec = DatasetSpec(subsets=tuple(specs), **values)
     if spec.batch_size < 1 or not 0 <= spec.validation_split < 1:
         raise ConfigError(
@@ -275,6 +282,8 @@ def _check_subset(spec: SubsetSpec, place: str, options: Any) -> None:
             f"{place}: color_aug, random_crop and face_crop_aug_range change the picture every time, "
             "so its latents cannot be cached; leave out one or the other"
         )
+    if not -MOST <= spec.num_repeats <= MOST:
+        raise ConfigError(f"{place}: num_repeats {spec.num_repeats} is above {MOST}")
     for folder in spec.control_directory:
         if spec.image_dir and Path(folder).resolve() == Path(spec.image_dir).resolve():
             raise ConfigError(f"{place}: control_directory {folder} is the image_dir; give controls their own")
@@ -340,7 +349,7 @@ def _checked(table: Any, level: str, source: str) -> dict[str, Any]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
 
 
 def _typed(key: str, value: Any, kind: str, where: str) -> Any:
@@ -353,11 +362,11 @@ def _typed(key: str, value: Any, kind: str, where: str) -> Any:
         TEXT: isinstance(value, str),
     }
     if kind in good:
-        if good[kind]:
+        if good[kind] and not (key in SUBSET_ONLY and kind == TEXT and not is_path(value)):
             return value
     elif kind in (TEXTS, INTS):
         several = tuple(value) if isinstance(value, list | tuple) else (value,)
-        wanted = (lambda one: isinstance(one, str)) if kind == TEXTS else _is_count
+        wanted = (lambda one: isinstance(one, str) and is_path(one)) if kind == TEXTS else _is_count
         if several and all(map(wanted, several)):
             return several
     else:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from library.families.family import FrameRule
 
 
+MOST = 20_000_000  # items of an epoch; more would fill the memory
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     dataset: int
@@ -185,6 +188,8 @@ def prepare(
             f"there is nothing to train on: found {report.found} files, held out {report.held_out}, "
             f"dropped {report.dropped or 'none'}; look at the paths in the dataset description"
         )
+    if (count := sum(item.repeats for item in trained)) > MOST:
+        raise ConfigError(f"an epoch would have {count} items, above {MOST}; lower num_repeats")
     return Dataset(specs, trained, held_out, report, options.seed, rule)
 
 
@@ -208,6 +213,11 @@ def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
                 "which this model needs"
             )
         low, high = min(spec.resolution), max(spec.resolution)
+        if spec.bucket_reso_steps > low:
+            raise ConfigError(
+                f"dataset {number + 1}: bucket_reso_steps {spec.bucket_reso_steps} is above the resolution "
+                f"{spec.resolution[0]}x{spec.resolution[1]}; lower it"
+            )
         if not spec.bucket_no_upscale and not spec.min_bucket_reso <= low <= high <= spec.max_bucket_reso:
             raise ConfigError(
                 f"dataset {number + 1}: resolution {spec.resolution[0]}x{spec.resolution[1]} is outside of "

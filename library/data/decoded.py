@@ -162,12 +162,12 @@ def _looks(paths: list[str]) -> Iterator[tuple[str, Look, bool]]:
     """(path, its look, whether that lasts), in parallel."""
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        yield from pool.map(_safe_look, paths)
+        yield from pool.map(safe_look, paths)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
 
 
-def _safe_look(path: str) -> tuple[str, Look, bool]:
+def safe_look(path: str) -> tuple[str, Look, bool]:
     try:
         return path, look(path), True
     except OSError as error:

@@ -116,6 +116,13 @@ class Part:
     high_precision: tuple[str, ...] = ()  # parts of ORIGINAL names of Linear weights that quantisation leaves alone
     precision_options: str = ""  # of a text encoder, "vl", "t5" or "llm": --fp8_<this> and --nf4_<this> quantise it
 
+    def layout_in(self, shapes: Shapes) -> str | None:
+        """Name of the layout that these keys are in; None for another model, and where what tells it is odd."""
+        try:
+            return self.recognise(shapes)
+        except (LookupError, ValueError, ArithmeticError, TypeError):  # a file that nobody has checked yet
+            return None
+
     def may_carry(self, key: str, shape: tuple[int, ...]) -> bool:
         """Whether an unread key is known: listed, or a marker, which is a tensor without a single value."""
         below = tuple(name for name in self.carried if name.endswith("."))

@@ -67,7 +67,7 @@ def released(part: Part, name: str, dtype: str = "BF16") -> tuple[Sketch, str]:
     checkpoint = of_shapes({key: tuple(shape) for key, shape in shapes.items()}, path, dtype)
     for prefix in part.prefixes:
         chosen = Sketch(path, checkpoint.headers, prefix)
-        if layout := part.recognise(chosen.shapes):
+        if layout := part.layout_in(chosen.shapes):
             return chosen, layout
     raise ConfigError(f"{path.name} is not {part.title}")
 
