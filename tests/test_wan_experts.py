@@ -8,6 +8,7 @@ import torch
 from oracles import accepted_stems, relative
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_processes import run_all
 from training_support import losses
 from wan_support import (  # noqa: F401
     FAMILY,
@@ -211,6 +212,28 @@ def test_memory_options_change_no_loss(toy, clips, tmp_path, extra, monkeypatch)
         trainer.run()
     assert set(map(trainer.turns.of, range(4))) == {0, 1}
     assert losses(tmp_path / "plain") == losses(tmp_path / "less")
+
+
+def test_two_processes_give_the_same_expert_its_turn(toy, clips, tmp_path):
+    """And leave the other one's LoRA, and what the optimizer knows of it, alone."""
+    single = tmp_path / "single.toml"
+    single.write_text(clips.read_text(encoding="utf-8").replace("batch_size = 2", "batch_size = 1"), encoding="utf-8")
+    words = (
+        *both(toy),
+        "--network_per_expert",
+        *CACHED,
+        "--max_train_steps",
+        "4",
+        "--optimizer_args",
+        "weight_decay=0.1",
+    )
+    trainer_of(toy, LOW["t2v"], clips, tmp_path / "one", *words).run()
+    run_all(tmp_path / "logs", 2, lambda rank: trainer_of(toy, LOW["t2v"], single, tmp_path / "two", *words).run())
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    for name in ("low_noise", "high_noise"):
+        one, two = (load_file(tmp_path / k / f"run-{name}.safetensors") for k in ("one", "two"))
+        flat = [torch.cat([weights[key].flatten() for key in sorted(weights)]) for weights in (one, two)]
+        assert relative(flat[1], flat[0]) < 1e-3
 
 
 def test_two_loras_go_on_from_the_files_of_both(toy, clips, tmp_path):
