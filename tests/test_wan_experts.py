@@ -25,6 +25,7 @@ from wan_support import (  # noqa: F401
 
 from library import checkpoints, sample
 from library.errors import ConfigError
+from library.families.family import Pair
 from library.inference import Studio, main, parser_of
 from library.turns import Turns
 
@@ -116,6 +117,31 @@ def test_the_inference_script_takes_both(toy, tmp_path):
     assert (tmp_path / "x.mp4").stat().st_size > 100
 
 
+@pytest.mark.parametrize("scheme", [None, "fp8_scaled"])
+def test_a_device_with_memory_of_its_own_gets_copies(toy, scheme):
+    """As on a GPU, whose memory the sets are copied into: both stay what they were."""
+    from library.memory.experts import Experts
+    from library.memory.loading import Loading
+    from library.memory.precision import Recipe
+
+    def loaded(model):
+        recipe = Recipe(scheme, "e4m3", FAMILY.blocks, ()) if scheme else None
+        path, loading = file_of(toy, model), Loading(recipe, "cpu", torch.float32)
+        part = checkpoints.load_part(FAMILY.denoiser, path, dtype=torch.float32, loading=loading)
+        return part.requires_grad_(False).eval()
+
+    noisy, conds, sigma = torch.randn(1, 16, 2, 8, 8), [{"text": torch.randn(7, 4096)}], torch.tensor([0.5])
+    with torch.no_grad():
+        alone = [FAMILY.predict(loaded(model["t2v"]), noisy, sigma, conds) for model in (LOW, HIGH)]
+        model = loaded(LOW["t2v"])
+        experts = Experts(model, loaded(HIGH["t2v"]), Pair(FAMILY.denoiser, 0.875))
+        experts.place(torch.device("cpu"), None, copies=True)
+        for index in (0, 1, 1, 0, 1, 0):
+            experts.use(index)
+            assert torch.equal(FAMILY.predict(model, noisy, sigma, conds), alone[index])
+    assert relative(alone[0], alone[1]) > 0.1
+
+
 # ---------------------------------------------------------------- turns
 
 
@@ -188,9 +214,8 @@ def test_two_loras_have_names_and_each_is_trained_in_its_turns_only(toy, clips, 
     assert {p.suffix for p in (tmp_path / "sample").iterdir()} == {".mp4", ".png"}
 
 
-@pytest.mark.parametrize("apart", [(), ("--network_per_expert",)])
-def test_a_resumed_run_is_the_run_that_never_stopped(toy, clips, tmp_path, apart):
-    words = (*both(toy), *apart, *CACHED)
+def test_a_resumed_run_is_the_run_that_never_stopped(toy, clips, tmp_path):
+    words = (*both(toy), "--network_per_expert", *CACHED)
     trainer_of(toy, LOW["t2v"], clips, tmp_path / "whole", *words, "--max_train_steps", "4").run()
     trainer_of(toy, LOW["t2v"], clips, tmp_path / "parts", *words, "--save_state_on_train_end").run()
     state = next((tmp_path / "parts").glob("*-state"))
@@ -202,10 +227,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(toy, clips, tmp_path, apart
         assert all(torch.equal(value, theirs[key]) for key, value in load_file(path).items())
 
 
-@pytest.mark.parametrize("extra", [("--blocks_to_swap", "1"), ("--gradient_checkpointing",)])
-def test_memory_options_change_no_loss(toy, clips, tmp_path, extra, monkeypatch):
+def test_memory_options_change_no_loss(toy, clips, tmp_path, monkeypatch):
     monkeypatch.setattr("library.memory.swap_plan.STAY", 0)
-    for folder, more in (("plain", ()), ("less", extra)):
+    for folder, more in (("plain", ()), ("less", ("--blocks_to_swap", "1", "--gradient_checkpointing"))):
         trainer = trainer_of(
             toy, LOW["t2v"], clips, tmp_path / folder, *both(toy), *CACHED, *more, "--max_train_steps", "4"
         )

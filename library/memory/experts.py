@@ -41,8 +41,10 @@ class Experts:
         self.sets = [[t.data.cpu() for t in mine.values()], [t.data.cpu() for t in theirs.values()]]
         self.masters: list[list[Tensor]] = []  # of the swapped blocks
 
-    def place(self, device: torch.device, swap: BlockSwap | None) -> None:
-        """The first set to the device, but for the blocks that are swapped."""
+    def place(self, device: torch.device, swap: BlockSwap | None, copies: bool | None = None) -> None:
+        """The first set to the device, but for the blocks that are swapped. `copies`: the device has memory of its own,
+        into which a set is copied; None = as it is."""
+        self.copies = device.type != "cpu" if copies is None else copies
         swapped = swap.owner if swap is not None else {}
         own = [index for index, tensor in enumerate(self.tensors) if id(tensor) not in swapped]
         if swap is not None:
@@ -52,7 +54,7 @@ class Experts:
         self.tensors = [self.tensors[index] for index in own]
         self.sets = [[one[index] for index in own] for one in self.sets]
         for tensor in self.tensors:
-            tensor.data = tensor.data.to(device)
+            tensor.data = tensor.data.to(device, copy=self.copies)
 
     def use(self, index: int) -> None:
         """The weights of that expert, and its own networks, for what is computed from now on."""
@@ -63,10 +65,10 @@ class Experts:
         if self.swap is not None:
             self.swap.exchange(self.masters[index])
         for tensor, value in zip(self.tensors, self.sets[index], strict=True):
-            if tensor.device == value.device:
-                tensor.data = value
-            else:
+            if self.copies:
                 tensor.data.copy_(value, non_blocking=True)
+            else:
+                tensor.data = value
 
     def use_for(self, sigma: Tensor) -> None:
         """The expert of these noise levels [B], all of one. Waits for the device."""
