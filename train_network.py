@@ -44,7 +44,8 @@ class NetworkTrainer:
 
     def run(self) -> None:
         main = os.environ.get("RANK", "0") == "0"
-        with Stops(self.plan.output_dir, looks=main, say=print if main else lambda text: None) as self.stops:
+        say, minutes = print if main else lambda text: None, self.options.save_every_n_minutes
+        with Stops(self.plan.output_dir, looks=main, say=say, minutes=minutes) as self.stops:
             self.setup()
             try:
                 self.train()

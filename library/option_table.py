@@ -30,7 +30,13 @@ def _group(title: str, *options: Option) -> tuple[Option, ...]:
 MODEL = _group(
     "Base model",
     Opt("model_type", "str", None, "family of the model; the scripts named after a family know it"),
-    Opt("pretrained_model_name_or_path", "path", None, "denoiser: a file, a diffusers folder or a hub id"),
+    Opt(
+        "pretrained_model_name_or_path",
+        "path",
+        None,
+        "denoiser: a file, a diffusers folder or a hub id",
+        aliases=("dit",),
+    ),
     Opt("vae", "path", None, "VAE: a file or a diffusers folder", aliases=("ae",)),
 )
 
@@ -114,6 +120,7 @@ SAVING = _group(
     ),
     Opt("save_every_n_epochs", "int", None, "save during training", low=1),
     Opt("save_every_n_steps", "int", None, "save during training", low=1),
+    Opt("save_every_n_minutes", "float", None, "save weights and state whenever so much time has passed", low=0.01),
     Opt("save_n_epoch_ratio", "int", None, "save about N times in the run", low=1),
     Opt("save_last_n_epochs", "int", None, "keep the files of the last N epoch saves", low=1),
     Opt("save_last_n_steps", "int", None, "keep the files of the last N steps", low=1),

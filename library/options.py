@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,7 +121,7 @@ def parse(family_name: str | None, argv: list[str] | None = None, prog: str = ""
         _print_help(family_name or (words.get("model_type") or [None])[-1], prog)
         sys.exit(0)
     path = _config_path(words)
-    config = read_config(path) if path else {}
+    config, places = configured(path) if path else ({}, {})
     family = _family(family_name, words, config)
     table = {option.name: option for option in (*OPTIONS, *options_of(family))}
     values = {name: option.default for name, option in table.items()}
@@ -128,7 +129,7 @@ def parse(family_name: str | None, argv: list[str] | None = None, prog: str = ""
     for name, value in family.defaults.items():
         values[name], origins[name] = table[name].read(value, f"family {family.name}"), f"family {family.name}"
     values["model_type"], origins["model_type"] = family.name, f"family {family.name}"
-    _apply_config(table, values, origins, config, path)
+    _apply_config(table, values, origins, config, path, places)
     _apply_words(table, values, origins, words)
     _settle(table, values, origins, family)
     options = Options(table, values, origins, family)
@@ -227,8 +228,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: it is nested too deeply, or has too long a number") from None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Options of a --config_file, its tables flattened. Raises ConfigError for a name that appears twice."""
+def configured(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(options of a --config_file, what to add to its name where one has another key there). Raises ConfigError."""
+    from library.dialects import translated
+
+    table = read_toml(path)
+    if foreign := translated(table, path):
+        for note in foreign.notes if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        return foreign.values, foreign.places
+    return flattened(table, path), {}
+
+
+def flattened(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The tables of a --config_file as one. Raises ConfigError for a name that appears twice."""
     argument_names = {option.name for option in OPTIONS if option.kind == "args"}
     out: dict[str, Any] = {}
 
@@ -237,7 +250,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: '{name}' is set twice, the second time in {where}")
         out[name] = value
 
-    for name, value in read_toml(path).items():
+    for name, value in table.items():
         if not isinstance(value, Mapping) or name in argument_names:
             add(name, value, "the top level")
             continue
@@ -263,9 +276,11 @@ def _apply_config(
     origins: dict[str, str],
     config: Mapping[str, Any],
     path: Path | None,
+    places: Mapping[str, str],
 ) -> None:
-    origin = f"config {path.as_posix()}" if path else ""
+    file = f"config {path.as_posix()}" if path else ""
     for name, value in config.items():
+        origin = file + places.get(name, "")
         option = _known(table, name, origin)
         if option.name in ("config_file", "print_config"):
             raise ConfigError(f"--{option.name} ({origin}) belongs on the command line")

@@ -39,8 +39,16 @@ class Wishes:
 class Stops:
     """`with Stops(folder) as stops:` around a run. `wishes()` says what was asked for since the last call."""
 
-    def __init__(self, folder: Path, *, looks: bool = True, say: Callable[[str], None] = print) -> None:
-        self.folder, self.looks, self.say = folder, looks, say
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        looks: bool = True,
+        say: Callable[[str], None] = print,
+        minutes: float | None = None,  # between two saves
+    ) -> None:
+        self.folder, self.looks, self.say, self.minutes = folder, looks, say, minutes
+        self._saved = time.monotonic()
         self.in_loop = False  # whether somebody asks for wishes
         self.asked = Wishes()
         self._first = 0.0  # time of the first ending signal
@@ -109,6 +117,10 @@ class Stops:
                 if (self.folder / name).is_file():
                     (self.folder / name).unlink(missing_ok=True)
                     setattr(self.asked, name.lower(), True)
+        if self.looks and self.minutes and now - self._saved >= 60 * self.minutes:
+            self.asked.save = True
+        if self.asked.save:
+            self._saved = now
         found = Wishes(self.asked.stop, self.asked.save, self.asked.sample)
         self.asked.save = self.asked.sample = False
         return found

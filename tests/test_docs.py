@@ -71,6 +71,7 @@ def check_training(script, words):
     if "--config_file" in words and not (ROOT / words[words.index("--config_file") + 1]).is_file():
         at = words.index("--config_file")
         words = words[:at] + words[at + 2 :]
+        family = family or (None if "--model_type" in words else "z_image")  # which that file says
     try:
         options.parse(family, words, script)
     except SystemExit as stop:

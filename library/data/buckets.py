@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 Size = tuple[int, int]
@@ -57,6 +58,13 @@ def assign(size: Size, buckets: list[Size]) -> Placement:
     bucket = min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))  # the first of equals, as sd-scripts' argmin
     resized = _cover(size, bucket)
     return _placed(bucket, (max(resized[0], bucket[0]), max(resized[1], bucket[1])))
+
+
+def nearest(size: Size, sizes: Iterable[Size]) -> Placement:
+    """Of given buckets the one whose ratio of width to height is nearest in the logarithm."""
+    ratio = math.log(size[0] / size[1])
+    bucket = min(sizes, key=lambda b: abs(math.log(b[0] / b[1]) - ratio))
+    return single(size, bucket)
 
 
 def assign_no_upscale(size: Size, resolution: Size, steps: int) -> Placement:

@@ -1,7 +1,8 @@
 """Which frames of a video are trained: resampled to the model's rate, then cut into clips of lengths that it takes.
 
 Pure arithmetic on frame numbers, by musubi-tuner's rules: `target_frames`, `frame_extraction` (head, chunk, slide,
-uniform, full), `frame_stride`, `frame_sample`, `max_frames`, `source_fps`, `fps_resample_mode`.
+uniform, full), `frame_stride`, `frame_sample`, `max_frames`, `source_fps`, `fps_resample_mode`; and `longest`, the
+rule of diffusion-pipe: the first frames, as many as the greatest of `target_frames` that the video fills.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from library.data.videos import Video
     from library.families.family import FrameRule
 
-EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
+EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full", "longest")
 TIMESTAMPS = "timestamps"
 Window = tuple[int, int]  # first frame of the resampled video, number of frames
 
@@ -65,7 +66,8 @@ def cut(video: Video, subset: SubsetSpec, rule: FrameRule) -> Cut:
         if not found:
             clips.remarks.append(f"left out: {len(order)} frames are fewer than the model takes")
         return clips
-    if lost := [frames for frames in targets(subset, rule) if frames > len(order)]:
+    lost = [frames for frames in targets(subset, rule) if frames > len(order)]
+    if lost and not (subset.frame_extraction == "longest" and found):
         which = "left out: " if len(lost) == len(targets(subset, rule)) else "no clip of "
         clips.remarks.append(f"{which}{', '.join(map(str, lost))} frames of {len(order)}")
     return clips
@@ -140,10 +142,10 @@ def windows(count: int, subset: SubsetSpec, rule: FrameRule) -> list[Window]:
     if subset.frame_extraction == "full":
         frames = rule.fit(min(count, subset.max_frames))
         return [(0, frames)] if frames else []
+    possible = [frames for frames in targets(subset, rule) if frames <= count]
     return [
         (start, frames)
-        for frames in targets(subset, rule)
-        if frames <= count
+        for frames in (possible[-1:] if subset.frame_extraction == "longest" else possible)
         for start in _starts(count - frames, frames, subset)
     ]
 

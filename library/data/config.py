@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.clips import EXTRACTIONS, TIMESTAMPS
+from library.dialects import translated_dataset
 from library.errors import ConfigError, DatasetError, nearest
 from library.option_kinds import is_path
 
@@ -93,15 +94,18 @@ class DatasetSpec:
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
+    bucket_sizes: tuple[tuple[int, int], ...] = ()  # the buckets themselves, width and height, instead of a rule
     validation_split: float = 0.0
     validation_seed: int | None = None
 
 
 BOOL, INT, NUMBER, TEXT, SIZE, RANGE = "true or false", "a whole number", "a number", "a text", "a size", "two numbers"
 TEXTS, INTS = "a text or a list of texts", "a whole number or a list of them, each at least 1"
+SIZES = "a list of [width, height]"
 DATASET_KEYS = {
     "batch_size": INT, "resolution": SIZE, "enable_bucket": BOOL, "min_bucket_reso": INT, "max_bucket_reso": INT,
-    "bucket_reso_steps": INT, "bucket_no_upscale": BOOL, "validation_split": NUMBER, "validation_seed": INT,
+    "bucket_reso_steps": INT, "bucket_no_upscale": BOOL, "bucket_sizes": SIZES,
+    "validation_split": NUMBER, "validation_seed": INT,
 }  # fmt: skip
 SUBSET_ONLY = {
     "image_dir": TEXT, "metadata_file": TEXT, "conditioning_data_dir": TEXT, "is_reg": BOOL, "control_directory": TEXTS,
@@ -203,6 +207,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _from_table(table: Mapping[str, Any], source: str, folder: Path, options: Any) -> tuple[DatasetSpec, ...]:
+    table = translated_dataset(table, source, folder, options)
     for key in table:
         if key not in ("general", "datasets"):
             raise ConfigError(
@@ -364,6 +369,9 @@ def _typed(key: str, value: Any, kind: str, where: str) -> Any:
     if kind in good:
         if good[kind] and not (key in SUBSET_ONLY and kind == TEXT and not is_path(value)):
             return value
+    elif kind == SIZES:
+        if isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value):
+            return tuple(_typed(key, pair, SIZE, where) for pair in value)
     elif kind in (TEXTS, INTS):
         several = tuple(value) if isinstance(value, list | tuple) else (value,)
         wanted = (lambda one: isinstance(one, str) and is_path(one)) if kind == TEXTS else _is_count

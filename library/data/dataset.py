@@ -206,7 +206,12 @@ def _settle_faults(report: Report, skip: bool, collect: bool) -> None:
 
 
 def _check_steps(spec: DatasetSpec, multiple: int, number: int) -> None:
-    if spec.enable_bucket:
+    if spec.bucket_sizes:
+        odd = [size for size in spec.bucket_sizes if size[0] % multiple or size[1] % multiple]
+        if odd or not spec.enable_bucket or spec.bucket_no_upscale:
+            why = f"{odd[0][0]}x{odd[0][1]} is no multiple of {multiple}" if odd else "enable_bucket alone goes with it"
+            raise ConfigError(f"dataset {number + 1}: bucket_sizes: {why}; change it")
+    elif spec.enable_bucket:
         if spec.bucket_reso_steps % multiple:
             raise ConfigError(
                 f"dataset {number + 1}: bucket_reso_steps {spec.bucket_reso_steps} is no multiple of {multiple}, "
@@ -290,7 +295,9 @@ def _place(items: Iterable[Item], spec: DatasetSpec, sizes: tuple[tuple[int, int
     known: dict[tuple[int, int], Placement] = {}  # pictures of one size are placed once
     for item in items:
         if item.size not in known:
-            if not spec.enable_bucket:
+            if spec.bucket_sizes:
+                known[item.size] = buckets.nearest(item.size, spec.bucket_sizes)
+            elif not spec.enable_bucket:
                 known[item.size] = buckets.single(item.size, spec.resolution)
             elif spec.bucket_no_upscale:
                 known[item.size] = buckets.assign_no_upscale(item.size, spec.resolution, spec.bucket_reso_steps)
