@@ -113,14 +113,13 @@ def variant_of(options: Any) -> Family:
     usual = VERSIONS[version]
     stored = hasattr(options, "given") and options.cache_llama3
     own = {"length": length}
-    live = PartlyLive(partial(hidream_text.encode_cached, **own), ("llama3",), hidream_text.complete)
     return replace(
         HIDREAM,
         title=f"HiDream I1 {version.capitalize()}",
         architecture=f"hidream-i1-{version}",
         tokenize=partial(hidream_text.tokenize, **own),
         encode=partial(hidream_text.encode, **own),
-        partly_live=None if stored else live,
+        partly_live=None if stored else replace(LIVE, encode=partial(hidream_text.encode_cached, **own)),
         recipe=f"llama {length}{' stored' if stored else ''}",
         sampling=usual | {"sample_sampler": options.sample_sampler or usual["sample_sampler"]},
         advice=HIDREAM.advice if version == "full" else distilled,
@@ -140,6 +139,7 @@ OPTIONS = (
     Option("max_llama3_sequence_length", "int", hidream_text.TOKENS, "Llama's tokens of a caption", low=2),
     Option("sample_sampler", "str", None, "sampler of pictures; euler, of dev and fast lcm", choices=("euler", "lcm")),
 )  # fmt: skip
+LIVE = PartlyLive(hidream_text.encode_cached, ("llama3",), hidream_text.complete)
 HIDREAM = Family(
     name="hidream",
     title="HiDream I1",
@@ -172,6 +172,7 @@ HIDREAM = Family(
         FLOW, samplers={"lcm": Sampler(FLOW.times, fresh_noise)}
     ),
     variant_of=variant_of,
+    partly_live=LIVE,
     inference_options=OPTIONS,
     sampling=VERSIONS["full"],
     text_widths=lambda denoiser: (None, None, *denoiser["caption_channels"]),

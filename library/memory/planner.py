@@ -26,6 +26,7 @@ from library.families.family import ItemInput, Text
 from library.memory import sketch, swap_plan
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe, text_recipe
+from library.memory.quantised_linear import make_nf4_tables
 from library.sample import default_settings
 from library.updates import Updates
 
@@ -100,6 +101,8 @@ class Planner:
         self.sketches: dict[str, tuple[sketch.Sketch, str]] = {}
         self.encoder_bytes = 0  # of the text encoders that stay loaded while training
         self.cached_text: Cond = {}  # what is cached of a caption, as shapes
+        if any(getattr(options, name, False) for name in ("nf4", "nf4_vl", "nf4_t5", "nf4_llm")):
+            make_nf4_tables()
 
     # ---------------------------------------------------------------- models
 
@@ -113,7 +116,7 @@ class Planner:
         path = checkpoints.path_of(part, self.options)
         if path:
             return sketch.of_file(part, path)
-        name = sketch.released_names(self.family.name).get(part.name)
+        name = self.family.released.get(part.name) or sketch.released_names(self.family.name).get(part.name)
         if name is None:
             raise checkpoints.ConfigError(f"--{part.option} is missing: give {part.title} (its size is not known)")
         self.notes.append(f"{part.name}: no file is given, so the released model's size is taken ({name})")

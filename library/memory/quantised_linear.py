@@ -177,6 +177,14 @@ def _dynamic_map(device: torch.device) -> Tensor:
     return bnb.create_dynamic_map().to(device)
 
 
+def make_nf4_tables() -> None:
+    """The tables of code values on the CPU, which bitsandbytes otherwise makes when it first quantises: in a memory
+    plan they would be tensors without values then."""
+    from bitsandbytes import functional as bnb
+
+    bnb.name2qmap.setdefault("dynamic", _dynamic_map(torch.device("cpu")))
+
+
 def _no_scale(like: Tensor) -> Tensor:
     return torch.empty(0, device=like.device)
 
