@@ -255,6 +255,38 @@ def test_a_compressed_torch_file_is_refused_before_it_grows(tmp_path):
         torch_files.tensors_of(tmp_path / "b.pt")
 
 
+def test_a_tokenizer_folder_with_code_of_its_own_runs_none_of_it(tmp_path):
+    from library.components.tokenizers import load_tokenizer
+
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\nclass Own: pass\n")
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_nothing_in_the_code_starts_a_shell_or_trusts_a_pickle():
+    """Calls that would make text or a file from outside run."""
+    import ast
+
+    from test_house import CODE
+
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, given = ast.unparse(node.func), {one.arg: ast.unparse(one.value) for one in node.keywords}
+            where = f"{path.name}:{node.lineno} {name}"
+            assert name not in ("eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads"), where
+            assert given.get("shell") in (None, "False") and given.get("allow_pickle") in (None, "False"), where
+            assert given.get("trust_remote_code") in (None, "False"), where
+            assert name != "torch.load" or given.get("weights_only") == "True", where
+            assert not name.endswith("extractall"), where
+
+
 # ---------------------------------------------------------------- TOML and JSON
 
 RUN = b"""# a run
@@ -302,9 +334,59 @@ def reworded(text: str, rng: random.Random) -> bytes:
     return " ".join(words).encode("utf-8", "replace")
 
 
+ODD = ("1", "-1", "0", "1.5", "-0.0", "true", "''", "'x'", "[]", "{}", "[1, 2]", "[[1, 2], ['a', 3]]", "[[]]", "{a = 1}", "1e999",
+       "nan", "9999999999999999999999", "1979-05-27", "[{}]", "[1.5, 'a']", "'1,2'", "'../..'", "'/dev/zero'", "[0]")  # fmt: skip
+
+
+def revalued(text: str, rng: random.Random) -> bytes:
+    """A text whose keys have one or two values of other kinds."""
+    lines = text.splitlines()
+    keys = [n for n, line in enumerate(lines) if "=" in line]
+    for n in rng.sample(keys, rng.choice((1, 1, 2))):
+        lines[n] = f"{lines[n].split('=')[0]}= {rng.choice(ODD)}"
+    return "\n".join(lines).encode()
+
+
+def hostile(text: str, rng: random.Random) -> bytes:
+    return rng.choice((revalued, reworded, lambda text, rng: mutated(text.encode(), rng)))(text, rng)
+
+
+PIPE = """output_dir = 'out'
+dataset = 'data.toml'
+epochs = 10
+micro_batch_size_per_gpu = 1
+gradient_accumulation_steps = 4
+save_every_n_epochs = 2
+activation_checkpointing = true
+eval_datasets = []
+[model]
+type = 'flux'
+diffusers_path = 'F'
+dtype = 'bfloat16'
+[adapter]
+type = 'lora'
+rank = 32
+dtype = 'bfloat16'
+[optimizer]
+type = 'adamw_optimi'
+lr = 2e-5
+betas = [0.9, 0.99]
+"""
+PIPE_DATA = """resolutions = [64]
+enable_ar_bucket = true
+min_ar = 0.5
+max_ar = 2.0
+num_ar_buckets = 7
+frame_buckets = [1, 33]
+[[directory]]
+path = 'p'
+num_repeats = 2
+"""
+
+
 def test_configuration_files(fuzz):
     def reader(rng):
-        Path("c.toml").write_bytes(mutated(RUN, rng) if rng.random() < 0.5 else reworded(RUN.decode(), rng))
+        Path("c.toml").write_bytes(hostile(rng.choice((RUN.decode(), PIPE)), rng))
         made = option_machinery.parse(None, ["--config_file", "c.toml"], "fuzz")
         made.to_toml()
         return "taken"
@@ -328,8 +410,8 @@ def test_dataset_descriptions(fuzz):
     def reader(rng):
         as_json = rng.random() < 0.3
         name = "d.json" if as_json else "d.toml"
-        text = json.dumps(table) if as_json else DATA
-        Path(name).write_bytes(mutated(text.encode(), rng) if rng.random() < 0.5 else reworded(text, rng))
+        text = json.dumps(table) if as_json else rng.choice((DATA, PIPE_DATA))
+        Path(name).write_bytes(mutated(text.encode(), rng) if as_json else hostile(text, rng))
         given = options(dataset_config=name, masked_loss=True, cache_latents=rng.random() < 0.5)
         load_dataset_config(given)
         prepare(given, None, 8).batches(0)
@@ -375,7 +457,7 @@ def test_prompt_files(fuzz):
 
     def reader(rng):
         name, text = rng.choice((("p.txt", PROMPT), ("p.toml", as_toml), ("p.json", as_json)))
-        Path(name).write_bytes(mutated(text.encode(), rng) if rng.random() < 0.5 else reworded(text, rng))
+        Path(name).write_bytes(hostile(text, rng) if name == "p.toml" else mutated(text.encode(), rng))
         prompts.parse_prompts(Path(name))
         return "taken"
 

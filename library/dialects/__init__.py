@@ -6,7 +6,8 @@ musubi-tuner's files have our own names and need no table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,19 @@ from library.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from library.families.family import Family
+
+
+# What arithmetic on a value of another kind raises; no rule has to look at the kind of every value by itself
+OF_ANOTHER_KIND = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+@contextlib.contextmanager
+def taken(where: str) -> Iterator[None]:
+    """Values of a kind that their key does not take are a ConfigError with what Python says of them."""
+    try:
+        yield
+    except OF_ANOTHER_KIND as error:
+        raise ConfigError(f"{where}: a value is not of the kind that is taken there ({str(error)[:120]})") from error
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,8 @@ class Translation:
             elif isinstance(rule, Idle):
                 self.note(where, rule.reason)
             else:
-                rule(self, value, where)
+                with taken(f"{self.source}: {where}"):
+                    rule(self, value, where)
 
 
 def translated(config: Mapping[str, Any], path: Path) -> Translation | None:
@@ -102,7 +117,8 @@ def translated(config: Mapping[str, Any], path: Path) -> Translation | None:
     if isinstance(config.get("model"), Mapping) and "type" in config["model"]:
         from library.dialects.diffusion_pipe import translate
 
-        return translate(config, path)
+        with taken(str(path)):
+            return translate(config, path)
     return None
 
 
@@ -111,5 +127,6 @@ def translated_dataset(table: Mapping[str, Any], source: str, folder: Path, opti
     if "directory" in table and "datasets" not in table:
         from library.dialects.diffusion_pipe_data import translate
 
-        return translate(table, source, folder, options)
+        with taken(source):
+            return translate(table, source, folder, options)
     return table

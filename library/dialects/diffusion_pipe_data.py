@@ -35,6 +35,7 @@ RULES: dict[str, Any] = {
 }
 TOGETHER = ("resolutions", "enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets", "ar_buckets", "size_buckets",
             "frame_buckets", "skip_empty_caption")  # fmt: skip
+MOST_BUCKETS = 1000
 
 
 def translate(table: Mapping[str, Any], source: str, folder: Path, options: Any) -> dict[str, Any]:
@@ -132,6 +133,8 @@ def _one(own: Mapping[str, Any], place: str, unit: int, resolution: Any) -> dict
         if lacking:
             raise ConfigError(f"{place}: enable_ar_bucket needs {lacking[0]} too, or ar_buckets")
         low, high, count = math.log(own["min_ar"]), math.log(own["max_ar"]), own["num_ar_buckets"]
+        if count > MOST_BUCKETS:
+            raise ConfigError(f"{place}: num_ar_buckets {count} is above {MOST_BUCKETS}")
         ratios = [math.exp(low + (high - low) * k / max(1, count - 1)) for k in range(count)]
     else:
         side = math.sqrt(area)
