@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from library import torch_files
 from library.errors import ConfigError, DiskError
-from library.headers import BITS, Header, TensorInfo, read_header
+from library.headers import BITS, Header, TensorInfo, inner_folders, read_header
 from library.layout import Layout, Row, Shape, shapes_of
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _files_of(folder: Path) -> list[Path]:
         return _shards(index[0])
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{folder}: no safetensors file in this folder")
+        raise ConfigError(f"{folder}: no safetensors file in this folder{inner_folders(folder)}")
     if len(files) > 1:
         names = ", ".join(p.name for p in files[:3])
         raise ConfigError(f"{folder}: {len(files)} safetensors files and no index ({names}); name one of them")

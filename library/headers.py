@@ -111,3 +111,9 @@ def _check_offsets(path: Path, tensors: Mapping[str, TensorInfo], data: int) -> 
         raise ConfigError(f"{path} is truncated: {position} bytes of weights expected, {data} there; load it anew")
     if position < data:
         raise ConfigError(f"{path} is damaged: {data - position} bytes follow its last tensor; load it anew")
+
+
+def inner_folders(folder: Path) -> str:
+    """The end of a sentence: which folders in this one hold weights, "" if none does."""
+    inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+    return f"; name one of the folders in it that have some: {', '.join(inner[:6])}" if inner else ""

@@ -7,6 +7,7 @@ the weights change at most once. The draw is keyed by the step: the same in all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,17 @@ class Turns:
 
     def of(self, step: int) -> int:
         generator = torch.Generator().manual_seed(item_seed(self.run.seed + EXPERT, step // self.every, 0, 0))
-        uniform = torch.rand(1, generator=generator)
+        return self._expert(torch.rand(1, generator=generator))
+
+    def _expert(self, uniform: torch.Tensor) -> int:
         sigma = self.family.objective.sigma(uniform, self.tokens, self.run)
         return int(float(sigma) >= self.family.pair.boundary)
+
+    def grouped(self, quantiles: Sequence[float]) -> list[list[float]]:
+        """Quantiles of the run's distribution, those of one expert together."""
+        experts = {q: self._expert(torch.tensor([q], dtype=torch.float64)) for q in quantiles}
+        parts = [[q for q in quantiles if experts[q] == index] for index in (0, 1)]
+        return [part for part in parts if part]
 
     def metadata(self, name: str) -> dict[str, str]:
         """Of a file that holds the adapter of one expert."""

@@ -28,14 +28,16 @@ class Validation:
         trainer, runtime, objective = self.trainer, self.trainer.runtime, self.trainer.family.objective
         network, totals = trainer.network, {q: 0.0 for q in QUANTILES}
         (network if network is not None else trainer.denoiser).eval()
-        for item in self.items:
+        # Of two experts one after the other, because it takes time to change between them.
+        passes = trainer.turns.grouped(QUANTILES) if trainer.turns else [QUANTILES]
+        for quantiles, item in ((quantiles, item) for quantiles in passes for item in self.items):
             loaded = trainer.latents.picture(item, item_rng(self.seed, 0, item.index, 0))
             x0, extras = trainer.latents.finish(loaded.tensor[None].to(runtime.device), [loaded.extra])
             generator = torch.Generator().manual_seed(item_seed(self.seed, 0, item.index, 0))
             noise = torch.randn(x0.shape, generator=generator).to(runtime.device)
             request = Request.of_item(trainer.family, plain_caption(item), item)
             conds = [runtime.to_device(trainer.text.get(request)) | extras[0]]
-            for q in QUANTILES:
+            for q in quantiles:
                 sigma = runtime.sigma(torch.tensor([q], dtype=torch.float64), x0).to(runtime.device)
                 with runtime.autocast():
                     noisy = objective.noisy(x0, noise, sigma)

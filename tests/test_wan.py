@@ -370,6 +370,11 @@ def test_fp8_scaled_files_are_read_with_their_scales(toy, tmp_path):
 
 
 def test_a_folder_with_both_experts_is_refused_with_the_two_names(toy, tmp_path):
+    for name in ("low_noise_model", "high_noise_model"):  # as in Wan's own repositories
+        (tmp_path / "own" / name).mkdir(parents=True)
+        (tmp_path / "own" / name / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="that have some: high_noise_model, low_noise_model"):
+        checkpoints.Checkpoint.open(tmp_path / "own")
     for name in ("transformer", "transformer_2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes((toy / "denoiser.safetensors").read_bytes())

@@ -27,6 +27,7 @@ from library import checkpoints, sample
 from library.errors import ConfigError
 from library.families.family import Pair
 from library.inference import Studio, main, parser_of
+from library.memory.experts import Experts
 from library.turns import Turns
 
 LOW, HIGH = {"t2v": "2.2 t2v low", "i2v": "2.2 i2v"}, {"t2v": "2.2 t2v", "i2v": "2.2 i2v high"}
@@ -120,7 +121,6 @@ def test_the_inference_script_takes_both(toy, tmp_path):
 @pytest.mark.parametrize("scheme", [None, "fp8_scaled"])
 def test_a_device_with_memory_of_its_own_gets_copies(toy, scheme):
     """As on a GPU, whose memory the sets are copied into: both stay what they were."""
-    from library.memory.experts import Experts
     from library.memory.loading import Loading
     from library.memory.precision import Recipe
 
@@ -236,6 +236,23 @@ def test_memory_options_change_no_loss(toy, clips, tmp_path, monkeypatch):
         trainer.run()
     assert set(map(trainer.turns.of, range(4))) == {0, 1}
     assert losses(tmp_path / "plain") == losses(tmp_path / "less")
+
+
+def test_validation_changes_the_expert_once(toy, clips, tmp_path, monkeypatch):
+    data, used = tmp_path / "v.toml", []
+    text = clips.read_text(encoding="utf-8").replace("batch_size = 2", "batch_size = 1\nvalidation_split = 0.5")
+    data.write_text(text, encoding="utf-8")
+    trainer = trainer_of(toy, LOW["t2v"], data, tmp_path, *both(toy), *CACHED, "--discrete_flow_shift", "6")
+    trainer.run()
+    trainer.outputs.validation.items *= 3
+    monkeypatch.setattr(Experts, "switch_networks", lambda self: used.append(self.active))
+    values = trainer.outputs.validation.run()
+    assert (
+        used[-1] == 1
+        and len(used) <= 2
+        and set(values) == {"sigma_q20", "sigma_q40", "sigma_q60", "sigma_q80", "average"}
+    )
+    assert values == trainer.outputs.validation.run() and used[-2:] == [0, 1]
 
 
 def test_two_processes_give_the_same_expert_its_turn(toy, clips, tmp_path):
