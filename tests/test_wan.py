@@ -296,7 +296,9 @@ def official_folder(toy, folder):
     encoder = checkpoints.load_part(umt5(), toy / "t5.safetensors", dtype=torch.float32)
     layout = checkpoints.layout_of(umt5(), "wan", {k: tuple(v.shape) for k, v in encoder.state_dict().items()})
     weights = encoder.state_dict()
-    torch.save({e.theirs: weights[e.ours[0]].clone() for e in layout.entries}, folder / "models_t5_umt5.pth")
+    torch.save(
+        {e.theirs: weights[e.ours[0]].clone() for e in layout.entries}, folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    )
     vae = checkpoints.Checkpoint.open(toy / "vae.safetensors")
     with vae.reader() as reader:
         torch.save({key: reader.tensor(key) for key in vae.files}, folder / "Wan2.1_VAE.pth")
@@ -332,9 +334,39 @@ def drawn(words):
 
 def test_the_models_own_folder_gives_what_comfyuis_files_give(toy, tmp_path):
     folder = official_folder(toy, tmp_path / "Wan2.1-T2V-1.3B")
-    words = ["--dit", str(folder), "--vae", str(folder / "Wan2.1_VAE.pth"), "--t5", str(folder / "models_t5_umt5.pth")]
+    words = [
+        "--dit",
+        str(folder),
+        "--vae",
+        str(folder / "Wan2.1_VAE.pth"),
+        "--t5",
+        str(folder / "models_t5_umt5-xxl-enc-bf16.pth"),
+    ]
     theirs = drawn(words_of(toy, "t2v")[:-2])
     assert torch.equal(drawn(words), theirs)
+
+
+def test_diffusion_pipes_file_trains_on_the_models_own_folder(toy, clips, tmp_path):
+    from library import options
+    from train_network import NetworkTrainer
+
+    folder = official_folder(toy, tmp_path / "Wan2.1-T2V-1.3B")
+    (tmp_path / "data.toml").write_text(
+        f"resolutions = [64]\nframe_buckets = [1, 9]\n[[directory]]\npath = '{clips.parent}/clips0'\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "run.toml").write_text(
+        f"output_dir = '{tmp_path}/out'\ndataset = '{tmp_path}/data.toml'\nepochs = 1\nmicro_batch_size_per_gpu = 1\n"
+        f"[model]\ntype = 'wan'\nckpt_path = '{folder}'\ndtype = 'bfloat16'\ntimestep_sample_method = 'logit_normal'\n"
+        "max_t = 0.875\n[adapter]\ntype = 'lora'\nrank = 4\ndtype = 'float32'\n[optimizer]\ntype = 'adamw'\nlr = 1e-3\n",
+        encoding="utf-8",
+    )
+    trainer = NetworkTrainer(options.parse(None, ["--config_file", str(tmp_path / "run.toml")]))
+    assert trainer.family.title == "Wan 2.1 1.3B" and trainer.options.max_timestep == 875
+    trainer.run()
+    (written,) = (tmp_path / "out").rglob("*.safetensors")
+    stems = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in checkpoints.Checkpoint.open(written).shapes}
+    assert stems and stems <= accepted_stems("wan")
 
 
 def test_a_diffusers_folder_gives_what_comfyuis_files_give(toy, studios, tmp_path):
