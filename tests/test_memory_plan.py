@@ -10,8 +10,7 @@ from oracles import read_json
 from training_support import ROOT, arguments, pictures, toy  # noqa: F401  (fixtures)
 
 from library import options as option_machinery
-from library.families import get_family
-from library.memory import plan_table, planner, sketch
+from library.memory import plan_table, planner, released, sketch
 from library.memory.planner import Work
 
 
@@ -93,11 +92,12 @@ def test_swapped_blocks_are_on_the_host(toy, large_pictures, tmp_path):  # noqa:
 
 def test_full_size_weights_are_those_of_the_released_files():
     """Parameters of the key lists that the files really have, at two bytes each."""
-    family = get_family("z_image")
     options = option_machinery.parse("z_image", ["--output_dir", "x", "--mixed_precision", "bf16", "--network_module",
                                                  "networks.lora", "--gradient_checkpointing"], "test")  # fmt: skip
-    made = planner.Planner(options, family, Work(512, 512))
     count = sum(torch.Size(shape).numel() for shape in shapes("z_image").values())
+    with released.completed(options) as (options, family, _):
+        made = planner.Planner(options, family, Work(512, 512))
+        assert made.sketch(family.denoiser)
     with made.phase() as tracker:
         model = made.load(family.denoiser, torch.bfloat16)
         assert tracker.live == pytest.approx(2 * count, rel=0.01)

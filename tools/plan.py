@@ -19,9 +19,12 @@ from library.option_kinds import Option
 
 OWN = {
     "--resolution": Option("resolution", "size", None, "size of the pictures, where no dataset is given"),
-    "--frames": Option("frames", "int", 1, "frames of a clip, where no dataset is given", low=1),
+    "--frames": Option(
+        "frames", "int", None, "frames of a clip, where no dataset is given; else what the model is for", low=1
+    ),
     "--batch_size": Option("batch_size", "int", 1, "items of a batch, where no dataset is given", low=1),
     "--items": Option("items", "int", 0, "pictures or clips that are cached, where no dataset is given", low=0),
+    "--released": Option("released", "str", None, "another released model of the family, where no file is given"),
     "--vram": Option("vram", "float", None, "GB of the device: name the cheapest settings that fit", low=0.1),
     "--json": Option("json", "flag", False, "print JSON (docs/memory.md says what is in it)"),
 }
@@ -59,7 +62,9 @@ def work_of(own: dict[str, Any], options: Any, family: Any) -> Any:
     step = family.pixel_multiple
     if width % step or height % step:
         raise ConfigError(f"--resolution {width},{height}: sides of {family.title} are multiples of {step}")
-    return Work(width, height, own["batch_size"], own["frames"], own["items"], own["items"])
+    frames = own["frames"] or (family.sampling.get("frame_count", 1) if family.frames else 1)
+    controls = ((width, height),) * family.least_controls
+    return Work(width, height, own["batch_size"], frames, own["items"], own["items"], controls=controls)
 
 
 def main() -> None:
@@ -71,13 +76,14 @@ def main() -> None:
     if "--output_dir" not in words:
         words += ["--output_dir", "."]
     options = option_machinery.parse(None, words, "plan.py")
-    from library.memory import advice, plan_table, planner
+    from library.memory import advice, plan_table, planner, released
 
-    family = plan_table.resolved(options)
-    work = work_of(own, options, family)
-    plan = planner.make(options, family, work)
-    if own["vram"]:
-        plan["advice"] = advice.fitting(options, family, work, plan, own["vram"])
+    with released.completed(options, own["released"]) as (options, family, notes):
+        work = work_of(own, options, family)
+        plan = planner.make(options, family, work)
+        plan["notes"] += notes
+        if own["vram"]:
+            plan["advice"] = advice.fitting(options, family, work, plan, own["vram"])
     print(json.dumps(plan, indent=2) if own["json"] else plan_table.table(plan))
 
 

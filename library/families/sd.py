@@ -29,6 +29,8 @@ LARGE, HUGE = clip.large(), clip.huge()
 WHOLE_H = 24  # layers of OpenCLIP H; diffusers' folders leave out the last one, which is not read
 OPTIONS = (
     Option("v2", "flag", False, "the model is an SD 2.x; known by itself", sd.TEXT),
+    Option("clip_h", "path", None, f"SD 2's text encoder, {HUGE.title}, where it is no part of the model's file"),
+    Option("tokenizer_clip_h", "path", None, f"tokenizer of SD 2 ({HUGE.tokenizer.hub}): a folder or a hub id"),
     Option("clip_skip", "int", None, "layer of the text encoder, counted from the end; 1 if not set", sd.TEXT, low=1),
 )
 
@@ -83,6 +85,8 @@ def variant_of(options: Any) -> Family:
     second = is_sd2(path)
     if options.v2 and not second:
         raise ConfigError(f"--v2: {Path(path).name} is an SD 1.x, its text is {LARGE.title}'s; remove the option")
+    if options.clip_h and not second:
+        raise ConfigError(f"--clip_h: {Path(path).name} is an SD 1.x, which has {LARGE.title}; remove the option")
     settings = sd.text_settings(options) | {"skip": options.clip_skip or 1, "pad": 0 if second else None}
     objective = sd.objective_of(options)
     shown = {key: settings[key] for key in ("most", "weighted")}

@@ -128,7 +128,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     options = Options(table, values, dict.fromkeys(table, "default"), family)
     given = question["work"]
     work = planner.Work(**{**given, "controls": tuple(map(tuple, given["controls"]))})
-    family = plan_table.resolved(options)
+    family = family.resolved(options)
     plan = planner.make(options, family, work, question["accelerator"])
     if question["free"] and plan["device"]["peak_bytes"] > question["free"]:
         plan["advice"] = advice.fitting(options, family, work, plan, question["free"] / GB)

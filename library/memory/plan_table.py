@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from library import checkpoints
 from library.memory.planner import Work
-
-if TYPE_CHECKING:
-    from library.families.family import Family
-
-
-def resolved(options: Any) -> Family:
-    """The family for these files; without a denoiser's file the released model's record."""
-    family = options.family
-    return family.resolved(options) if checkpoints.path_of(family.denoiser, options) else family
 
 
 def largest(dataset: Any) -> Work:

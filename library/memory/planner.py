@@ -107,20 +107,10 @@ class Planner:
     # ---------------------------------------------------------------- models
 
     def sketch(self, part: Part) -> tuple[sketch.Sketch, str]:
-        """A part's names and shapes, from its file or from the released model's list, and its layout's name."""
+        """A part's names and shapes, from its file's header, and its layout's name."""
         if part.name not in self.sketches:
-            self.sketches[part.name] = self._sketch(part)
+            self.sketches[part.name] = sketch.of_file(part, checkpoints.path_of(part, self.options))
         return self.sketches[part.name]
-
-    def _sketch(self, part: Part) -> tuple[sketch.Sketch, str]:
-        path = checkpoints.path_of(part, self.options)
-        if path:
-            return sketch.of_file(part, path)
-        name = self.family.released.get(part.name) or sketch.released_names(self.family.name).get(part.name)
-        if name is None:
-            raise checkpoints.ConfigError(f"--{part.option} is missing: give {part.title} (its size is not known)")
-        self.notes.append(f"{part.name}: no file is given, so the released model's size is taken ({name})")
-        return sketch.released(part, name)
 
     def load(self, part: Part, dtype: torch.dtype, recipe: Any = None) -> torch.nn.Module:
         found, layout = self.sketch(part)

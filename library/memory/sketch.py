@@ -1,4 +1,4 @@
-"""Models without weights: what a file's header, or a released model's list of names, says is enough to load one.
+"""Models without weights: what a file's header says is enough to load one.
 
 Inside of `FakeTensorMode` the loaded model has all its tensors, with shapes and number formats and no memory, and the
 real code of loading, quantising, adapting and computing runs on them.
@@ -7,12 +7,8 @@ real code of loading, quantising, adapting and computing runs on them.
 from __future__ import annotations
 
 import contextlib
-import gzip
-import json
-import math
 import weakref
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.checkpoints import TORCH_DTYPES, Checkpoint, Reader, find_part
-from library.errors import ConfigError
-from library.headers import BITS, Header, TensorInfo
 
 if TYPE_CHECKING:
     from library.families.family import Part
-
-RELEASED = Path(__file__).resolve().parent.parent / "released"
 
 
 class Sketch(Checkpoint):
@@ -52,34 +44,6 @@ def of_file(part: Part, path: str) -> tuple[Sketch, str]:
     """(the sketch of a part's file, its layout's name); only headers are read."""
     found, layout = find_part(part, path)
     return Sketch(found.path, found.headers, found.prefix, found.folder), layout
-
-
-def released(part: Part, name: str, dtype: str = "BF16") -> tuple[Sketch, str]:
-    """The sketch of a released model from its list of names and shapes, `library/released/<name>.json.gz`.
-
-    Raises ConfigError if there is none or the part does not know it.
-    """
-    path = RELEASED / f"{name}.json.gz"
-    if not path.is_file():
-        known = ", ".join(sorted(p.name.removesuffix(".json.gz") for p in RELEASED.glob("*.json.gz")))
-        raise ConfigError(f"there is no list of the released model {name} (known: {known}); give its file instead")
-    shapes = json.loads(gzip.decompress(path.read_bytes()))
-    checkpoint = of_shapes({key: tuple(shape) for key, shape in shapes.items()}, path, dtype)
-    for prefix in part.prefixes:
-        chosen = Sketch(path, checkpoint.headers, prefix)
-        if layout := part.layout_in(chosen.shapes):
-            return chosen, layout
-    raise ConfigError(f"{path.name} is not {part.title}")
-
-
-def released_names(family: str) -> dict[str, str]:
-    """Part name -> the list of the released model's part; nothing for a family without lists."""
-    return json.loads((RELEASED / "index.json").read_text(encoding="utf-8")).get(family, {})
-
-
-def of_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path, dtype: str) -> Sketch:
-    tensors = {key: TensorInfo(dtype, shape, 0, math.prod(shape) * BITS[dtype] // 8) for key, shape in shapes.items()}
-    return Sketch(path, (Header(path, tensors, {}, 0),))
 
 
 class Tracker(TorchDispatchMode):

@@ -1,0 +1,45 @@
+"""Plans without files: every family, and every other released model of it, from its list of names and shapes."""
+
+import subprocess
+import sys
+
+import pytest
+from training_support import ROOT
+
+from library import options as option_machinery
+from library.errors import ConfigError
+from library.families import FAMILIES
+from library.memory import planner, released
+
+LORA = ["--output_dir", "x", "--mixed_precision", "bf16", "--network_module", "networks.lora"]
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *(n for n, row in released.index()["variants"].items() if row["family"] in FAMILIES)]
+)
+def test_every_part_is_there_and_is_what_it_is_taken_for(name):
+    variant = released.index()["variants"].get(name)
+    given = option_machinery.parse(variant["family"] if variant else name, LORA, "test")
+    with released.completed(given, name if variant else None) as (options, family, notes):
+        made = planner.Planner(options, family, planner.Work(64, 64))
+        found = [made.sketch(part)[0] for part in family.parts]
+        assert len(notes) == len(family.parts) and all(sketch.stored_bytes > 1e6 for sketch in found)
+    assert not found[0].path.exists()
+
+
+def test_a_file_has_the_published_names_and_takes_no_room(tmp_path):
+    from library.checkpoints import Checkpoint
+
+    path = released.write("z_image", tmp_path)
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.shapes["noise_refiner.0.attention.qkv.weight"] == (11520, 3840)
+    assert path.stat().st_size > 12e9 > 1e8 > path.stat().st_blocks * 512
+
+
+def test_unknown_models_are_one_sentence():
+    given = option_machinery.parse("z_image", LORA, "test")
+    with pytest.raises(ConfigError, match="--released nonsense is no released z_image .known: only the usual one"):
+        released.completed(given, "nonsense").__enter__()
+    command = [sys.executable, "tools/plan.py", "--model_type", "flux", "--released", "flux_context"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'flux_kontext'" in done.stderr
