@@ -112,7 +112,7 @@ CHANGES = {
     "more_workers": ((), ("--max_data_loader_n_workers", "3")),
     "average": (("--ema_decay", "0.8"), ("--ema_decay", "0.8")),
     "schedule_free": (("--optimizer_type", "AdamWScheduleFree"),) * 2,
-    "flips_and_dropout": (("--flip_aug",), ("--flip_aug",)),
+    "flips_and_dropout": (("--flip_aug", "--caption_dropout_rate", "0.4"),) * 2,
     "full_accumulation_average": (("--gradient_accumulation_steps", "2", "--ema_decay", "0.8"),) * 2,
 }
 
