@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import relative
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from studio_support import batched_and_one_by_one, make_toy, pair_of, start_of, studio_of
 from training_support import arguments, losses, pictures  # noqa: F401
@@ -226,6 +227,22 @@ def test_every_expert_learns_and_diffusers_pipeline_takes_our_lora(toy, studio, 
         theirs = trainer.family.predict(pipeline.transformer, noisy, torch.tensor([0.5]), [cond])
         pipeline.unload_lora_weights()
     assert relative(ours, base) > 0.02 and relative(theirs, ours) < 1e-5
+
+
+def test_an_expert_without_tokens_does_not_stop_a_quantised_run(toy, tmp_path, monkeypatch):
+    from library.models import hidream as model
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red cat")
+    data = tmp_path / "data.toml"
+    data.write_text(
+        f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\nimage_dir = '{tmp_path}'\ncaption_extension = '.txt'\n"
+    )
+    counted, count = [], model._on_host
+    monkeypatch.setattr(model, "_on_host", lambda *given: counted.append(count(*given)) or counted[-1])
+    trainer_of(toy, data, tmp_path / "out", "--max_train_steps", "2", "--fp8_scaled", "--gradient_checkpointing").run()
+    assert min(map(min, counted)) == 0 and max(map(sum, counted)) == 2 * (4 + 3 * 128)
+    assert all(np.isfinite(losses(tmp_path / "out")))
 
 
 def test_the_memory_plan_counts_llama_in_training(toy, pictures, tmp_path):  # noqa: F811

@@ -111,6 +111,9 @@ def test_a_layer_computes_and_differentiates_as_the_dequantised_one(scheme, fp8_
     (ours * goal).sum().backward()
     (expected * goal).sum().backward()
     assert relative(x.grad, y.grad) < (1e-6 if not autocast else 5e-3)
+    none = torch.randn(0, 96, requires_grad=True)  # an expert to which no token is routed
+    module(none).sum().backward()
+    assert none.grad.shape == (0, 96)
 
 
 @pytest.mark.parametrize(("scheme", "fp8_format"), SCHEMES)

@@ -11,8 +11,9 @@ import torch
 from oracles import SHARED
 from safetensors.torch import save_file
 
-from library.components import clip, t5, tokenizers
+from library.components import clip, llama3, t5, tokenizers
 from library.errors import ConfigError
+from library.families.family import Tokenizer
 
 REAL = SHARED / "tokenizers"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real tokenizers are not here")
@@ -51,6 +52,21 @@ def test_the_tokenizers_of_a_diffusers_folder_are_told_apart_by_its_numbers(tmp_
     ):
         options = options_of(part, tmp_path / part.diffusers_folder)
         assert tokenizers.tokenizer_path(part, options) == (str(tmp_path / folder), "")
+
+
+def test_a_models_own_folder_holds_its_tokenizer_beside_its_weights(tmp_path):
+    """As Llama, Qwen and Mistral are published; a folder of files of many models has no config.json of one."""
+    part, home = llama3.llama31(), tmp_path / "Meta-Llama-3.1-8B-Instruct"
+    home.mkdir()
+    (home / "tokenizer_config.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, home / "model.safetensors")
+    for encoder in (home, home / "model.safetensors"):
+        assert tokenizers.tokenizer_path(part, options_of(part, encoder))[0] == part.tokenizer.hub
+    (home / "config.json").write_text("{}")
+    for encoder in (home, home / "model.safetensors"):
+        assert tokenizers.tokenizer_path(part, options_of(part, encoder)) == (str(home), "")
+        another = Tokenizer("tokenizer_llama3", "owner/another")
+        assert tokenizers.tokenizer_path(part, options_of(part, encoder), another)[0] == "owner/another"
 
 
 def sentencepiece_model(kind):

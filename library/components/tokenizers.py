@@ -14,12 +14,14 @@ from library.headers import read_header
 
 SPIECE = "spiece_model"  # in ComfyUI's UMT5 and Gemma files: the bytes of a sentencepiece model
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+HOME = ("config.json", "tokenizer_config.json")  # a model's own folder, in which its tokenizer lies beside its weights
 TEKKEN = "tekken_model"  # in ComfyUI's Mistral files: the bytes of a tekken.json
 
 
 def tokenizer_path(part: Part, options: Any, other: Tokenizer | None = None) -> tuple[str, str]:
-    """(folder, file or hub id, subfolder of it): the option, else a folder beside the encoder, else the encoder's own
-    file if it holds one, else the hub id. Of the encoder's own tokenizer, or of another one that goes with it."""
+    """(folder, file or hub id, subfolder of it): the option, else a folder beside the encoder, else the published
+    folder that the encoder lies in, else its own file if it holds one, else the hub id. Of the encoder's own tokenizer,
+    or of another one that goes with it."""
     where = other or part.tokenizer
     given = getattr(options, where.option)
     if given:
@@ -29,6 +31,9 @@ def tokenizer_path(part: Part, options: Any, other: Tokenizer | None = None) -> 
         for name in where.beside:
             if (root / name / "tokenizer_config.json").is_file():
                 return str(root / name), ""
+    folder = encoder if encoder.is_dir() else encoder.parent
+    if other in (None, part.tokenizer) and all((folder / name).is_file() for name in HOME):
+        return str(folder), ""
     if where.inside and encoder.is_file() and _holds(encoder, where.inside):
         return str(encoder), ""
     return where.hub, where.subfolder

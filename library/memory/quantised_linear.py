@@ -110,7 +110,7 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         stored = ctx.saved_tensors
         gradient = grad.flatten(0, -2) @ ctx.dequantise(stored, grad.dtype)
-        return gradient.view(*grad.shape[:-1], -1), None, None, *[None] * len(stored)
+        return gradient.view(*grad.shape[:-1], gradient.shape[-1]), None, None, *[None] * len(stored)
 
 
 class Fp8Linear(QuantisedLinear):
