@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import accepted_stems, read_json, relative
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training_support import losses
 from wan_support import (  # noqa: F401
     FAMILY,
@@ -148,6 +148,29 @@ def test_clips_train_a_lora_that_comfyui_takes_and_draw_samples(toy, clips, phot
     assert sorted(p.suffix for p in (tmp_path / "sample").iterdir()) == [".mp4", ".png"]
     if model == "2.1 i2v":
         assert any("k_img" in key for key in written)
+
+
+@pytest.mark.parametrize("model", ["2.1 i2v", "2.2 i2v", "5B"])
+def test_a_full_fine_tune_has_the_names_of_its_file(toy, clips, tmp_path, model):
+    from library import options
+    from train_network import NetworkTrainer
+
+    words = [word.replace("--dit", "--pretrained_model_name_or_path") for word in words_of(toy, model)]
+    del words[(at := words.index("--device")) : at + 2]
+    words += [
+        "--dataset_config",
+        str(clips),
+        "--output_dir",
+        str(tmp_path),
+        "--output_name",
+        "run",
+        "--max_train_steps",
+        "1",
+    ]
+    NetworkTrainer(options.parse("wan", [*words, "--learning_rate", "1e-3"], "test")).run()
+    before, after = (load_file(path) for path in (toy / f"{FILES[model][1]}.safetensors", tmp_path / "run.safetensors"))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    assert not any(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def test_what_conditions_a_clip_is_what_the_pipeline_makes_of_its_first_frame(toy, clips, studios, tmp_path):

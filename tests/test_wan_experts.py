@@ -112,6 +112,32 @@ def test_loras_are_given_to_the_experts_by_their_names(toy, tmp_path):
         studio.family.predict(studio.denoiser, noisy.repeat(2, 1, 1, 1, 1), torch.tensor([0.5, 0.9]), [cond, cond])
 
 
+def test_diffusers_pipeline_takes_the_loras_of_both(toy, tmp_path):
+    import diffusers
+
+    from networks import lora
+
+    models = {"transformer": expert(toy, HIGH["t2v"]), "transformer_2": expert(toy, LOW["t2v"])}
+    pipeline = diffusers.WanPipeline(None, None, None, diffusers.FlowMatchEulerDiscreteScheduler(), **models)
+    noisy, conds, sigma, theirs = torch.randn(1, 16, 2, 8, 8), [{"text": torch.randn(7, 4096)}], torch.tensor([0.9]), {}
+    for number, (name, model) in enumerate(models.items()):
+        network = lora.create_network(1.0, 4, 4, None, [], model)
+        network.save_format = "diffusers"
+        for k, parameter in enumerate(network.parameters()):
+            parameter.data = (
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k + 99 * number)) * 0.1
+            )
+        path = tmp_path / f"{name}.safetensors"
+        network.save_weights(path, torch.float32, {})
+        network.apply_to([], model, False, True)
+        with torch.no_grad():
+            theirs[name] = FAMILY.predict(model, noisy, sigma, conds)
+        network.remove()
+        pipeline.load_lora_weights(path, load_into_transformer_2=name == "transformer_2")
+    with torch.no_grad():
+        assert all(relative(FAMILY.predict(models[name], noisy, sigma, conds), theirs[name]) < 1e-5 for name in models)
+
+
 def test_the_inference_script_takes_both(toy, tmp_path):
     main("wan", [*words_of(toy, LOW["t2v"]), *both(toy), "--prompt", "a cat", "--video_size", "64", "64", "--video_length",
                  "5", "--infer_steps", "2", "--fp8_scaled", "--save_path", str(tmp_path / "x.mp4")])  # fmt: skip
