@@ -137,7 +137,8 @@ def shift_of(prompt: Prompt, family: Family, shape: tuple[int, ...], run_shift: 
     if prompt.flow_shift is not None:
         return prompt.flow_shift
     if family.sampling_shift:
-        return family.sampling_shift(image_tokens(family, shape), prompt.sample_steps)
+        length = shape[-3] if family.frames else 1
+        return family.sampling_shift(length * image_tokens(family, shape), prompt.sample_steps)
     return run_shift
 
 

@@ -32,7 +32,7 @@ def save_whole(
     written in `dtype`, None = as trained or as stored.
     """
     tensors: dict[str, Tensor] = {}
-    for part in family.parts:
+    for part in [part for part in family.parts if part.name in family.container]:
         prefix, layout = family.container[part.name]
         source = checkpoints.path_of(part, options)
         found = _trained(models[part.name], layout) if part.name in models else _stored(part, source, layout)
@@ -43,7 +43,7 @@ def save_whole(
     if dtype is not None:
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
     checkpoints.save(tensors, path, {**own, **metadata})
-    return f"{len(tensors)} tensors of {len(family.parts)} parts"
+    return f"{len(tensors)} tensors of {len(family.container)} parts"
 
 
 def _trained(model: torch.nn.Module, layout: str) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
         configuration, metadata = made
         prefix, layout = family.container.get(part.name, ("", ""))
         tensors = weights(part_shapes(part, configuration, layout), seed + number)
-        if family.container:
+        if part.name in family.container:
             whole.update({prefix + key: value for key, value in tensors.items()})
             return
         checkpoints.save(tensors, folder / f"{part.name}.safetensors", {"format": "pt", **metadata})
@@ -79,7 +79,7 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
         write(family.denoiser, (toy.denoiser, {}), 0)
     else:
         shapes = json.loads(CONFIGS.read_text(encoding="utf-8"))[family_name]["keys"]
-        checkpoints.save(weights(shapes, seed), folder / "denoiser.safetensors", {"format": "pt"})
+        whole.update(weights(shapes, seed))  # with the published file's prefix
     write(family.vae, toy.vae, 1)
     vocabulary = 0
     for number, part in enumerate(family.text_encoders, 2):
@@ -93,8 +93,7 @@ def make(family_name: str, folder: Path, seed: int = 0) -> Path:
         lines.append(f'{where.option} = "{where.option}"')
     for number, part in enumerate(family.image_encoders, 10):
         write(part, toy.images[part.name], number)
-    if whole:
-        checkpoints.save(whole, folder / "denoiser.safetensors", {"format": "pt"})
+    checkpoints.save(whole, folder / "denoiser.safetensors", {"format": "pt"})
     values = {"learning_rate": 1e-3, "max_train_steps": 10, "seed": 1, **toy.options}
     lines += [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     network = ['network_module = "networks.lora"', "network_dim = 4", "network_alpha = 4"]

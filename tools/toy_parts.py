@@ -215,6 +215,7 @@ TOYS: dict[str, Toy] = {
     ),
     "lumina_2": Toy(vae_ldm(16), {"text_encoder": ToyText(gemma2, 64, "bos")}),
     "omnigen2": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen25_vl, 64)}),
+    "ltx_video": Toy(toy_vaes.ltx_video(), {"t5xxl": ToyText(t5, 4096, "t5")}),
     "qwen_image": Toy(
         toy_vaes.wan21(),
         {"text_encoder": ToyText(qwen25_vl_seeing, 64, "vision")},

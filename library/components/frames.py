@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from library.families.family import Cond, ItemInput
 
 KEY = "first_frame"  # of an item's conditions: latents [C,f,h,w] of its first frame or frames
 
@@ -27,6 +29,24 @@ def with_first_frames(noisy: Tensor, sigma: Tensor, conds: Sequence[Mapping[str,
         videos.append(torch.cat([given, video[:, kept:]], 1))
         sigmas.append(torch.cat([level.new_zeros(kept), level.expand(video.shape[1] - kept)]))
     return torch.stack(videos), torch.stack(sigmas)
+
+
+def begun(encode: Callable[[Tensor], Tensor], given: ItemInput) -> Cond:
+    """ "first_frame" [C,1,h,w] of a sample whose prompt gives one; while training `vary` decides in every step.
+
+    `encode` is the VAE's, pixels [1,3,1,H,W] -> latents [1,C,1,h,w].
+    """
+    if given.pixels is None or given.pixels.shape[1] == given.frames:
+        return {}
+    return {KEY: encode(given.pixels[None, :, :1])[0]}
+
+
+def vary(cond: Cond, latents: Tensor, choice: float, options: Any) -> Cond:
+    """A clip's first frame is given in a share of the steps. Its latent is the clip's own: the VAE is causal."""
+    count = latents.shape[1]
+    if count == 1 or choice >= options.first_frame_conditioning_p:
+        return cond
+    return cond | {KEY: latents[:, :1], "loss_mask": loss_mask(count, 1, latents)}
 
 
 def put_back(video: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -178,15 +178,4 @@ def continued(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], given
 
 
 def begun(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], given: ItemInput, *, chunk: int = 0) -> Cond:
-    """ "first_frame" [C,1,h,w] of a sample whose prompt gives one; while training `vary` decides in every step."""
-    if given.pixels is None or given.pixels.shape[1] == given.frames:
-        return {}
-    return {frames.KEY: vae_wan.encode(vae, given.pixels[None, :, :1], chunk)[0]}
-
-
-def vary(cond: Cond, latents: Tensor, choice: float, options: Any) -> Cond:
-    """A clip's first frame is given in a share of the steps. Its latent is the clip's own: the VAE is causal."""
-    count = latents.shape[1]
-    if count == 1 or choice >= options.first_frame_conditioning_p:
-        return cond
-    return cond | {frames.KEY: latents[:, :1], "loss_mask": frames.loss_mask(count, 1, latents)}
+    return frames.begun(lambda pixels: vae_wan.encode(vae, pixels, chunk), given)

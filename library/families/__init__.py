@@ -22,6 +22,7 @@ FAMILIES: dict[str, str] = {
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "lumina_2": "library.families.lumina_2:LUMINA_2",
     "omnigen2": "library.families.omnigen2:OMNIGEN2",
+    "ltx_video": "library.families.ltx_video:LTX_VIDEO",
     "qwen_image": "library.families.qwen_image:QWEN_IMAGE",
     "sd": "library.families.sd:SD",
     "sd3": "library.families.sd3:SD3",

@@ -201,7 +201,8 @@ class Family:
     markers: Callable[..., dict[str, Tensor]] = lambda family: {}  # (resolved record) -> keys that this file must have
     inference_options: tuple[Option, ...] = ()  # what the family's inference script takes besides
     sampling: Mapping[str, Any] = field(default_factory=dict)  # what a prompt that does not say gets: steps, scale, ...
-    # (image tokens, steps) -> the flow shift of a prompt that does not say; None = --discrete_flow_shift
+    # (tokens of the picture or the whole video, steps) -> the flow shift of a prompt that does not say;
+    # None = --discrete_flow_shift
     sampling_shift: Callable[[int, int], float] | None = None
     # part name -> its list in library/released: what the memory plan takes where no file is given
     released: Mapping[str, str] = field(default_factory=dict)

@@ -8,12 +8,18 @@ last of its 8 pixel frames but for the first ("causal"), before that of the firs
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import frames, ragged
-from library.families.family import Cond, Part
+from library.components import frames, ragged, t5, vae_ltx
+from library.components.tokenizers import ended
+from library.families.family import Cond, Family, FrameRule, ItemInput, Part, Text
 from library.layout import Shape, block, count, identity, our_view, row
+from library.objective import flow_from
+from library.option_kinds import Option
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +31,10 @@ CONFIG_KEY = "config"  # header metadata of the released single files: JSON with
 CAUSAL_WIDTH = 4096  # of the 13B model, all releases of which are causal; 2B files without metadata are taken as 0.9.1
 FRAME_RATE = 25.0
 PER_FRAME, PER_TOKEN = 8, 32  # pixel frames of a latent frame, pixels of a latent
+TOKENS = 256  # of text, in Lightricks' own inference; diffusers' pipeline cuts at 128
+TERMINAL = 0.1  # sigma at which the last step starts: `shift_terminal` of the published scheduler
+# Lightricks' own negative prompt.
+NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 BLOCK = [row("scale_shift_table"), row("ff")]
 for _attention in ("attn1", "attn2"):
@@ -132,3 +142,80 @@ def predict(
         return_dict=False,
     )[0]
     return out.float().transpose(1, 2).unflatten(2, noisy.shape[2:])
+
+
+def tokenize(tokenizers: list[Any], caption: str, *, length: int = TOKENS) -> tuple[list[int], str]:
+    """T5's ids of the caption and its end token, at most `length`, and the end of the caption that did not fit."""
+    return ended(tokenizers[0], caption, length)
+
+
+def encode(
+    encoders: list[torch.nn.Module], tokenizers: list[Any], text: Text, device: Any, *, length: int = TOKENS
+) -> Cond:
+    """{"text": [T,D]}: T5's last states, unpadded, which is what it makes of the caption with a mask."""
+    import torch
+
+    ids, _ = tokenize(tokenizers, text.caption, length=length)
+    return {"text": t5.states(encoders[0], torch.tensor([ids], device=device))[0]}
+
+
+def encode_item(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], given: ItemInput) -> Cond:
+    return frames.begun(partial(vae_ltx.encode, vae), given)
+
+
+def sampling_shift(tokens: int, steps: int) -> float:
+    """e^mu, mu linear from 0.95 at 1024 tokens of the video to 2.05 at 4096: the published scheduler's."""
+    return math.exp(0.95 + (2.05 - 0.95) * (tokens - 1024) / (4096 - 1024))
+
+
+def variant_of(options: Any) -> Family:
+    length = options.t5xxl_max_token_length
+    return replace(
+        LTX_VIDEO,
+        tokenize=partial(tokenize, length=length),
+        encode=partial(encode, length=length),
+        recipe=f"tokens {length}",
+    )
+
+
+LENGTH = Option("t5xxl_max_token_length", "int", TOKENS, "T5 tokens of a caption", low=1)
+LTX_VIDEO = Family(
+    name="ltx_video",
+    title="LTX-Video",
+    denoiser=DENOISER,
+    vae=vae_ltx.part(),
+    text_encoders=(t5.xxl(folder="text_encoder"),),
+    tokenize=tokenize,
+    encode=encode,
+    encode_image=vae_ltx.encode,
+    decode_latents=vae_ltx.decode,
+    predict=predict,
+    blocks=BLOCKS,
+    adapted=ADAPTED,
+    pixel_multiple=PER_TOKEN,
+    latent_channels=128,
+    latent_downscale=PER_TOKEN,
+    # diffusion-pipe (the seed's system) draws sigma from a logit-normal distribution and has no shift for this model.
+    defaults={"timestep_sampling": "sigmoid"},
+    options=(
+        Option("first_frame_conditioning_p", "float", 0.0, "share of steps in which a clip's first frame is given",
+               low=0, high=1),
+        LENGTH,
+    ),
+    save_formats=("comfy", "kohya", "diffusers"),
+    container={"denoiser": ("model.diffusion_model.", "comfy"), "vae": ("vae.", "original")},
+    architecture="ltx-video",
+    base_model_version="ltx_video",
+    resolution=640,  # an area about that of 768 x 512
+    objective=flow_from(TERMINAL),
+    frames=FrameRule(PER_FRAME, 1, FRAME_RATE, first_frame="possible"),
+    encode_item=encode_item,
+    vary=frames.vary,
+    variant_of=variant_of,
+    inference_options=(LENGTH,),
+    # Lightricks' 40 steps and guidance of 3 for the models that are not distilled.
+    sampling={"sample_steps": 40, "scale": 3.0, "frame_count": 121, "negative_prompt": NEGATIVE},
+    sampling_shift=sampling_shift,
+    text_widths=lambda denoiser: (denoiser["caption_channels"],),
+    released={"denoiser": "ltx_video", "vae": "vae_ltx", "t5xxl": "te_t5xxl"},
+)  # fmt: skip

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import t5, vae_wan, vision, wan
+from library.components import frames, t5, vae_wan, vision, wan
 from library.components.tokenizers import ended
 from library.components.wan import ADAPTED, BLOCKS, DENOISER, TOKENS, predict
 from library.errors import ConfigError
@@ -76,7 +76,7 @@ KINDS = {
     "2.2 i2v": Kind("Wan 2.2 I2V A14B", _sampled(40, 3.5, 5.0), 900, 3.5, "needed", I2V),
     "2.2 5B": Kind(
         "Wan 2.2 5B", _sampled(50, 5.0, 5.0, 121), None, 0, "possible",
-        {"encode_item": wan.begun, "vary": wan.vary, "vae": vae_wan.part22(), "pixel_multiple": 32,
+        {"encode_item": wan.begun, "vary": frames.vary, "vae": vae_wan.part22(), "pixel_multiple": 32,
          "latent_channels": 48, "latent_downscale": 16, "resolution": 960},
     ),
 }  # fmt: skip
