@@ -179,3 +179,14 @@ def karras_sigmas(steps: int, low: float, high: float, shift: float = 1.0, rho: 
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho * shift
     return torch.cat([levels / (1 + levels), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def linear_quadratic_sigmas(steps: int, shift: float = 1.0, threshold: float = 0.025) -> Tensor:
+    """[steps + 1] float32 from 1 to 0: half of the steps even from 1 to 1 - `threshold`, then a parabola that goes on
+    at the same slope to 0, before the shift (LTX-Video 0.9.5 and later; Polyak et al. 2024, arXiv:2410.13720)."""
+    linear = max(1, steps // 2)
+    slope = threshold / linear
+    at = torch.arange(steps + 1, dtype=torch.float64)
+    bend = (1 - slope * steps) / (steps - linear) ** 2 if steps > 1 else 0.0
+    data = slope * at + bend * (at - linear).clamp(min=0) ** 2 if steps > 1 else at
+    return shifted(1 - data, shift).clamp(0, 1).float()

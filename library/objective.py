@@ -122,6 +122,11 @@ def flow_from(terminal: float) -> Objective:
     return replace(FLOW, times=partial(_times, terminal=terminal))
 
 
+def flow_linear_quadratic() -> Objective:
+    """FLOW, sampled in small even steps and then in growing ones."""
+    return replace(FLOW, times=_linear_quadratic_times)
+
+
 def flow_karras(low: float, high: float) -> Objective:
     """FLOW, sampled at noise levels s = `high` .. `low` of x0 + s noise, spaced as Karras et al. 2022 do; sigma is
     s / (1 + s), so that the first sigma is below 1."""
@@ -153,6 +158,12 @@ def _edm_compare(
     scale = ((sigma**2 + (data * (1 - sigma)) ** 2).sqrt()) / data
     scale = flow.expand(scale, noisy)
     return predicted * scale, target * scale
+
+
+def _linear_quadratic_times(steps: int, shift: float, tokens: int) -> Tensor:
+    from library import flow
+
+    return flow.linear_quadratic_sigmas(steps, shift)
 
 
 def _karras_times(steps: int, shift: float, tokens: int, low: float, high: float) -> Tensor:

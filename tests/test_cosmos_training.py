@@ -12,6 +12,8 @@ from video_support import write_video
 
 from library import options
 from library.errors import ConfigError
+from library.families.cosmos import COMFY, config, recognise
+from library.layout import Layout, shapes_of
 from library.memory.quantised_linear import Fp8Linear, Nf4Linear
 
 STEPS = ("--max_train_steps", "2", "--learning_rate", "1e-2", "--gradient_checkpointing")
@@ -100,3 +102,25 @@ def test_models_that_continue_videos_are_refused(toy, data, tmp_path):
     save_file(weights | {embedder: torch.zeros(256, 72)}, tmp_path / "v2w.safetensors")
     with pytest.raises(ConfigError, match="v2w.safetensors is not a Cosmos 1.0 text-to-world denoiser"):
         train(toy, data, tmp_path, "--pretrained_model_name_or_path", str(tmp_path / "v2w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "scale"), [(4096, 28, (2.0, 1.0, 1.0)), (5120, 36, (2.0, 2.0, 2.0))], ids=["7B", "14B"]
+)
+def test_a_file_of_either_size_gives_the_published_configuration(width, layers, scale):
+    """The numbers that diffusers' models of NVIDIA's releases have; the padding's channel is one of ours."""
+    from diffusers import CosmosTransformer3DModel
+
+    published = {
+        "in_channels": 16, "out_channels": 16, "num_attention_heads": width // 128, "attention_head_dim": 128,
+        "num_layers": layers, "mlp_ratio": 4.0, "text_embed_dim": 1024, "adaln_lora_dim": 256, "max_size": (128, 240, 240),
+        "patch_size": (1, 2, 2), "rope_scale": scale, "concat_padding_mask": True, "extra_pos_embed_type": "learnable",
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = CosmosTransformer3DModel(**published)
+    ours = shapes_of(model)
+    theirs = Layout("comfy", COMFY, ours).to_theirs(model.state_dict())
+    shapes = {key: tuple(value.shape) for key, value in theirs.items()}
+    assert recognise(shapes) == "comfy" and recognise(ours) == "diffusers"
+    wanted = published | {"in_channels": 17, "concat_padding_mask": False}
+    assert config(shapes, {}, "comfy") == config(ours, {}, "diffusers") == wanted

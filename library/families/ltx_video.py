@@ -18,7 +18,7 @@ from library.components import frames, ragged, t5, vae_ltx
 from library.components.tokenizers import ended
 from library.families.family import Cond, Family, FrameRule, ItemInput, Part, Text
 from library.layout import Shape, block, count, identity, our_view, row
-from library.objective import flow_from
+from library.objective import flow_from, flow_linear_quadratic
 from library.option_kinds import Option
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ CAUSAL_WIDTH = 4096  # of the 13B model, all releases of which are causal; 2B fi
 FRAME_RATE = 25.0
 PER_FRAME, PER_TOKEN = 8, 32  # pixel frames of a latent frame, pixels of a latent
 TOKENS = 256  # of text, in Lightricks' own inference; diffusers' pipeline cuts at 128
-TERMINAL = 0.1  # sigma at which the last step starts: `shift_terminal` of the published scheduler
+TERMINAL = 0.1  # sigma at which the last step starts: `shift_terminal` of the scheduler that 0.9.0 and 0.9.1 have
+NEWER = "LTXConditionPipeline"  # diffusers' class for 0.9.5 and later, which a folder names
 # Lightricks' own negative prompt.
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
@@ -77,6 +78,13 @@ def config(shapes: Mapping[str, Shape], metadata: Mapping[str, str], layout: str
         "caption_channels": ours["caption_projection.linear_1.weight"][1],
         "causal": bool(said.get("causal_temporal_positioning", width >= CAUSAL_WIDTH)),
     }
+
+
+def is_newer(path: str) -> bool:
+    """Whether a file or diffusers folder is 0.9.5 or later, whose frames have causal times."""
+    from library.checkpoints import configuration_of, pipeline_facts
+
+    return pipeline_facts(path).get("_class_name") == NEWER or configuration_of(DENOISER, path)["causal"]
 
 
 def build(configuration: dict[str, Any]) -> torch.nn.Module:
@@ -164,17 +172,23 @@ def encode_item(vae: torch.nn.Module, image_encoders: list[torch.nn.Module], giv
 
 
 def sampling_shift(tokens: int, steps: int) -> float:
-    """e^mu, mu linear from 0.95 at 1024 tokens of the video to 2.05 at 4096: the published scheduler's."""
+    """e^mu, mu linear from 0.95 at 1024 tokens of the video to 2.05 at 4096: the scheduler of 0.9.0 and 0.9.1."""
     return math.exp(0.95 + (2.05 - 0.95) * (tokens - 1024) / (4096 - 1024))
 
 
 def variant_of(options: Any) -> Family:
-    length = options.t5xxl_max_token_length
+    """The record with the run's length of texts, and with the times and the steps of the release that the file is."""
+    from library.checkpoints import path_of
+
+    length, newer = options.t5xxl_max_token_length, is_newer(path_of(DENOISER, options))
+    steps = {"objective": flow_linear_quadratic(), "sampling_shift": lambda tokens, steps: 1.0} if newer else {}
     return replace(
         LTX_VIDEO,
         tokenize=partial(tokenize, length=length),
         encode=partial(encode, length=length),
+        predict=partial(predict, causal=newer),
         recipe=f"tokens {length}",
+        **steps,
     )
 
 
