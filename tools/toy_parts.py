@@ -103,6 +103,14 @@ def llama31(width: int, vocabulary: int) -> Made:
     }, {"head_dim": "16"}  # fmt: skip
 
 
+def llama3(width: int, vocabulary: int) -> Made:
+    from library.components import llama3
+
+    configuration, metadata = llama31(width, vocabulary)
+    rope = {"rope_theta": llama3.ROPE_THETA, "rope_type": "default"}
+    return configuration | {"rope_parameters": rope}, metadata
+
+
 def gemma2(width: int, vocabulary: int) -> Made:
     from library.components import gemma2
 
@@ -213,6 +221,10 @@ TOYS: dict[str, Toy] = {
     "hunyuan_image": Toy(
         VAE_HUNYUAN_IMAGE, {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
     ),
+    "hunyuan_video": Toy(
+        toy_vaes.hunyuan_video(),
+        {"text_encoder": ToyText(llama3, 64, "llama"), "clip_l": ToyText(clip_bare, 768, "clip")},
+    ),
     "lumina_2": Toy(vae_ldm(16), {"text_encoder": ToyText(gemma2, 64, "bos")}),
     "omnigen2": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen25_vl, 64)}),
     "ltx_video": Toy(toy_vaes.ltx_video(), {"t5xxl": ToyText(t5, 4096, "t5")}),
@@ -257,6 +269,11 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], str, dict[str, str]]] = {
         {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
     ),
     "t5": (("<pad>", "</s>", "<unk>"), "$A </s>", {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "llama": (
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"),
+        "<|begin_of_text|> $A",
+        {"pad_token": "<pad>", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
     "bos": (
         ("<pad>", "<eos>", "<bos>"), "<bos> $A", {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     ),

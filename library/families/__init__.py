@@ -20,6 +20,7 @@ FAMILIES: dict[str, str] = {
     "flux2": "library.families.flux2:FLUX2",
     "hidream": "library.families.hidream:HIDREAM",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
+    "hunyuan_video": "library.families.hunyuan_video:HUNYUAN_VIDEO",
     "lumina_2": "library.families.lumina_2:LUMINA_2",
     "omnigen2": "library.families.omnigen2:OMNIGEN2",
     "ltx_video": "library.families.ltx_video:LTX_VIDEO",
