@@ -264,7 +264,8 @@ def test_the_memory_plan_counts_llama_in_training(toy, pictures, tmp_path):  # n
 
 
 MISTAKES = [
-    ("clip_l", "t5xxl", "is not a CLIP-L text encoder: it is a T5"),
+    ("clip_g", "bare", r"bare.safetensors is not a CLIP-G text encoder with its projection \(text_projection\)"),
+    ("clip_l", "t5xxl", "is not a CLIP-L text encoder with its projection .*: it is a T5"),
     ("llama3", "t5xxl", "is not a Llama 3.1 8B text encoder: it is a T5"),
     ("llama3", "wide", r"wide.safetensors: its states are 40 wide and .*denoiser.safetensors reads 64"),
 ]
@@ -276,6 +277,9 @@ def test_a_wrong_encoder_is_named_before_anything_loads(toy, pictures, tmp_path,
         wide = load_file(toy.with_name("llama3.safetensors"))
         wide["model.embed_tokens.weight"] = wide["model.embed_tokens.weight"][:, :40].contiguous()
         save_file(wide, toy.with_name("wide.safetensors"), {"head_dim": "16"})
+    if file == "bare":
+        whole = load_file(toy.with_name("clip_g.safetensors"))
+        save_file({k: v for k, v in whole.items() if "text_projection" not in k}, toy.with_name("bare.safetensors"))
     monkeypatch.setattr(checkpoints, "load_part", None)
     with pytest.raises(ConfigError, match=said):
         trainer_of(toy, pictures, tmp_path / "out", f"--{option}", str(toy.with_name(f"{file}.safetensors")))

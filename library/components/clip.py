@@ -8,7 +8,8 @@ transposed). Ours is CLIPTextModelWithProjection, whose projection is None where
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,19 @@ def huge(title: str = "an OpenCLIP-H text encoder", option: str = "clip_h", fold
         inside=("text_encoders.clip_h.transformer.", "cond_stage_model.model."),
         hub="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     )
+
+
+def projected(part: Part) -> Part:
+    """The same encoder for a model that reads its projected vector, so that a file has to hold the projection."""
+    return replace(
+        part,
+        title=f"{part.title} with its projection (text_projection)",
+        recognise=partial(_recognise_projected, known=part.recognise),
+    )
+
+
+def _recognise_projected(shapes: Mapping[str, Shape], known: Callable[..., str | None]) -> str | None:
+    return known(shapes) if {"text_projection", "text_projection.weight"} & set(shapes) else None
 
 
 def hidden_and_pooled(

@@ -146,7 +146,7 @@ HIDREAM = Family(
     denoiser=DENOISER,
     vae=vae_ldm.part("a Flux-type VAE", channels=16),
     text_encoders=(
-        clip.large(), clip.big(), t5.xxl(folder="text_encoder_3"), llama3.llama31(),
+        clip.projected(clip.large()), clip.projected(clip.big()), t5.xxl(folder="text_encoder_3"), llama3.llama31(),
     ),  # fmt: skip
     tokenize=hidream_text.tokenize,
     encode=hidream_text.encode,
