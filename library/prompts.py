@@ -57,6 +57,8 @@ FILES = {"controls": "control picture", "image_path": "first frame"}
 def parse_prompts(path: Path, defaults: Prompt = BLANK) -> list[Prompt]:
     """The prompts of a file; what one does not say is as in `defaults`. Raises ConfigError naming file and line."""
     path = Path(path)
+    if path.suffix not in (".txt", ".toml", ".json"):
+        raise ConfigError(f"--sample_prompts {path}: a prompt file is .txt, .toml or .json")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -67,8 +69,6 @@ def parse_prompts(path: Path, defaults: Prompt = BLANK) -> list[Prompt]:
         lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
         found = [parse_line(line, f"{path}:{n}", defaults) for n, line in lines if line and not line.startswith("#")]
         return _some(found, path)
-    if path.suffix not in (".toml", ".json"):
-        raise ConfigError(f"--sample_prompts {path}: a prompt file is .txt, .toml or .json")
     entries = _from_toml(path) if path.suffix == ".toml" else _from_json(text, path)
     return _some([_entry(e, f"{path}, prompt {n}", defaults) for n, e in enumerate(entries, 1)], path)
 

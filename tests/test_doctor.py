@@ -19,7 +19,7 @@ from PIL import Image
 from test_data import options
 from training_support import ROOT, arguments, pictures, toy, train  # noqa: F401
 
-from library.data import decoded, doctor, findings, images
+from library.data import decoded, doctor, findings, images, scan
 from library.errors import DatasetError
 from tools import check_dataset
 
@@ -87,6 +87,7 @@ def damaged(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "pipe.png")
     (folder / "link.png").symlink_to(folder / "nowhere.png")
     put(folder / "latin.png", scene(7)).with_suffix(".txt").write_bytes("café".encode("latin-1"))
+    put(folder / "long.png", scene(11)).with_suffix(".txt").write_bytes(b"a" * (scan.LONGEST + 1))
     put(folder / "silent.png", scene(8)).with_suffix(".txt").write_text(" \n", encoding="utf-8")
     put(folder / "mute.png", scene(9)).with_suffix(".txt").unlink()
     put(folder / "other.png", scene(10)).with_suffix(".txt").rename(folder / "other.caption")
@@ -94,7 +95,7 @@ def damaged(folder: Path) -> dict[str, str]:
         "cut.png": "cannot be decoded", "flipped.png": "cannot be decoded", "empty.jpg": "it is empty",
         "text.webp": "header cannot be read", "page.png": "a web page", "lfs.png": "Git LFS",
         "script.png": "header cannot be read", "folder.png": "no regular file", "pipe.png": "no regular file",
-        "link.png": "cannot be read", "latin.png": "not UTF-8", "silent.png": "is empty", "mute.png": "is missing",
+        "link.png": "cannot be read", "latin.png": "not UTF-8", "long.png": "which is no caption", "silent.png": "is empty", "mute.png": "is missing",
         "other.png": "set caption_extension = '.caption'",
     }  # fmt: skip
 
@@ -311,8 +312,6 @@ def test_only_what_is_new_or_changed_is_decoded_again(folder, monkeypatch):
 
 
 def test_an_error_of_the_disk_is_not_remembered(folder, monkeypatch):
-    from library.data import scan
-
     with monkeypatch.context() as patch:
         examined(folder, check_data="headers")
 

@@ -25,9 +25,10 @@ def bucket_list(resolution: Size, smallest: int, largest: int, steps: int) -> li
     The square of that area, and for every width the tallest height, with both orientations.
     """
     area = resolution[0] * resolution[1]
+    smallest = max(smallest, steps)
     side = math.isqrt(area) // steps * steps
     found = {(side, side)}
-    for width in range(max(smallest, steps), largest + 1, steps):
+    for width in range(smallest, largest + 1, steps):
         height = min(largest, area // width // steps * steps)
         if height >= smallest:
             found |= {(width, height), (height, width)}

@@ -383,7 +383,7 @@ def _typed(key: str, value: Any, kind: str, where: str) -> Any:
         )
         try:
             numbers = tuple(int(p) if kind == SIZE else float(p) for p in parts)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             numbers = ()
         if kind == SIZE and len(numbers) in (1, 2) and min(numbers) > 0:
             return (numbers[0], numbers[-1])

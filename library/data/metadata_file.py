@@ -19,6 +19,8 @@ def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
     What decoding a video shows is remembered in `index_folder`.
     """
     path = Path(subset.metadata_file or "")
+    if path.exists() and not path.is_file():  # a device has no end, and a pipe waits for somebody who writes
+        raise DatasetError(f"metadata_file {path} is no regular file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "AVIF", "JXL", "GIF")  # PIL's names; its JPEG reads MPO, too
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".gif"}
+LONGEST = 1024**2  # bytes of a caption file
 INDEX = "scan.json"
 HEAD = 64  # bytes that are enough for the formats with a fixed header
 
@@ -101,6 +102,8 @@ def read_caption(entry: os.DirEntry) -> tuple[str | None, str]:
     try:
         if not entry.is_file():
             return None, f"its caption {entry.name} is no regular file"
+        if entry.stat().st_size > LONGEST:
+            return None, f"its caption {entry.name} has {entry.stat().st_size:,} bytes, which is no caption"
         with open(entry.path, "rb") as file:
             return file.read().decode("utf-8-sig").strip(), ""
     except UnicodeDecodeError as error:
