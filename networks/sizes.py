@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,17 +34,17 @@ def spaces(family: Family, keys: Iterable[str], files: Sequence[Path]) -> Iterat
 
 def text_spaces(family: Family, files: Sequence[Path]) -> tuple[Space, ...]:
     """Of the text encoders that the family can train. One that no file holds has the released size."""
-    from library.memory import sketch
+    from library.memory import released
 
-    found, names = [], sketch.released_names(family.name)
+    found, names = [], released.index()["families"].get(family.name, {})
     for part, prefix in zip(family.text_encoders, family.text_prefixes, strict=False):
         try:
-            checkpoint, layout = _find(part, files)
+            configuration = _configuration(part, *_find(part, files))
         except ConfigError:
-            if part.name not in names:
-                continue
-            checkpoint, layout = sketch.released(part, names[part.name])
-        own = _layout(part, _configuration(part, checkpoint, layout))
+            configuration = _of_list(part, names[part.name]) if part.name in names else None
+        if configuration is None:
+            continue
+        own = _layout(part, configuration)
         found.append(text_space(own, prefix.removeprefix("lora_"), part.name, part.diffusers_folder))
     return tuple(found)
 
@@ -97,21 +99,31 @@ def _configuration(part: Part, checkpoint: Any, layout: str) -> Mapping[str, Any
 
 
 def _released(family: Family) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The sizes that lists of released models have, each once, the family's usual one first."""
-    from library.memory import sketch
+    """The sizes that the family's released models have, each once, the usual one first."""
+    from library.memory import released
 
-    usual = sketch.released_names(family.name).get("denoiser", family.name)
-    others = sorted(path.name.removesuffix(".json.gz") for path in sketch.RELEASED.glob(f"{family.name}*.json.gz"))
+    index = released.index()
+    usual = index["families"].get(family.name, {}).get("denoiser", family.name)
+    others = [index["variants"][name].get("denoiser", name) for name in released.variants_of(family.name)]
     seen: list[Mapping[str, Any]] = []
-    for name in (usual, *others):
-        try:
-            checkpoint, layout = sketch.released(family.denoiser, name)
-        except ConfigError:
-            continue  # a list of another model, or none
-        configuration = _configuration(family.denoiser, checkpoint, layout)
-        if configuration not in seen:
+    for name in dict.fromkeys((usual, *others)):
+        configuration = _of_list(family.denoiser, name)
+        if configuration is not None and configuration not in seen:
             seen.append(configuration)
             yield name, configuration
+
+
+def _of_list(part: Part, name: str) -> Mapping[str, Any] | None:
+    """A part's configuration from a released file's list of names and shapes; None if there is none of the part."""
+    from library.memory import released
+
+    path = released.FOLDER / f"{name}.json.gz"
+    listed = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
+    for prefix in part.prefixes:
+        shapes = {key[len(prefix) :]: tuple(shape) for key, shape in listed.items() if key.startswith(prefix)}
+        if layout := part.recognise(shapes):
+            return part.config(shapes, {}, layout)
+    return None
 
 
 def _layout(part: Part, configuration: Mapping[str, Any]) -> Layout:

@@ -1,6 +1,12 @@
-"""Shared by all tests: the repository on the path, one thread each, where outside oracles may lie."""
+"""Shared by all tests: the repository on the path, one thread each, where outside oracles may lie.
 
+And tests/results.json, what tests/test_families.py says of every family: `--record` writes it, every other run holds it
+against what happens, so that the README's table (tools/model_table.py) can say no more than what passes.
+"""
+
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,3 +14,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "tests" / "results.json"
+outcomes: dict[str, dict[str, str]] = {}  # family -> test -> passed, failed, skipped
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="write what the families' tests say to tests/results.json")
+
+
+def pytest_runtest_logreport(report):
+    found = re.fullmatch(r"tests/test_families\.py::test_(\w+)\[(\w+)\]", report.nodeid)
+    if found and (report.when == "call" or report.outcome != "passed"):
+        outcomes.setdefault(found[2], {})[found[1]] = report.outcome
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if not outcomes:
+        return
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    if session.config.getoption("--record"):
+        text = (RESULTS.parent / "test_families.py").read_text(encoding="utf-8")
+        for family, tests in outcomes.items():
+            all_of_it = {**known.get(family, {}), **tests}
+            known[family] = {t: outcome for t, outcome in sorted(all_of_it.items()) if f"def test_{t}(" in text}
+        RESULTS.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf-8")
+        return
+    claimed = [
+        f"{family}: {test}"
+        for family, tests in outcomes.items()
+        for test, outcome in tests.items()
+        if outcome != "passed" and known.get(family, {}).get(test) == "passed"
+    ]
+    if claimed:
+        print(f"\ntests/results.json says more than what passes: {', '.join(claimed[:3])}")
+        session.exitstatus = 1

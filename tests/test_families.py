@@ -4,7 +4,9 @@ import json
 from functools import cache
 
 import pytest
+import tomllib
 import torch
+from dialect_support import toy_config
 from oracles import accepted_stems, relative
 from PIL import Image
 from safetensors.torch import load_file, safe_open
@@ -75,7 +77,7 @@ def lora(request, toy_of, drawings, tmp_path_factory):
     return trainer, output
 
 
-def test_a_lora_trains_and_every_key_is_one_that_comfyui_takes(lora):
+def test_a_lora_trains_and_every_key_of_every_format_is_matched(lora):
     trainer, output = lora
     family = trainer.family
     assert len(losses(output)) == 3 and all(0 < loss < 100 for loss in losses(output))
@@ -87,13 +89,6 @@ def test_a_lora_trains_and_every_key_is_one_that_comfyui_takes(lora):
         path = output / f"{format_name}.safetensors"
         line = trainer.network.save_weights(str(path), torch.float32, {})
         assert line.split()[0].split("/")[0] == line.split()[0].split("/")[1], (format_name, line)
-    known = accepted_stems(family.name)
-    for format_name in ("comfy", "kohya"):  # names of sd-scripts' own are not ComfyUI's
-        if format_name in family.save_formats and not (format_name == "kohya" and family.denoiser.kohya):
-            with safe_open(output / f"{format_name}.safetensors", "pt") as file:
-                stems = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file.keys()}
-            unknown = sorted(stem for stem in stems if stem not in known)
-            assert not unknown, (format_name, unknown[:5])
 
 
 def test_all_formats_hold_the_same_update(lora):
@@ -168,6 +163,17 @@ def saved(lora):
     return files
 
 
+def test_comfyui_takes_every_key(lora, saved):
+    family = lora[0].family
+    known = accepted_stems(family.name)
+    for format_name in ("comfy", "kohya"):  # names of sd-scripts' own are not ComfyUI's
+        if format_name in family.save_formats and not (format_name == "kohya" and family.denoiser.kohya):
+            with safe_open(saved[format_name], "pt") as file:
+                stems = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in file.keys()}
+            unknown = sorted(stem for stem in stems if stem not in known)
+            assert not unknown, (format_name, unknown[:5])
+
+
 def test_the_converter_gives_every_format_from_every_other(lora, saved, toy_of, tmp_path):
     """The same files as a save in that format, but for alpha where the source has it folded in."""
     from networks import formats
@@ -222,9 +228,17 @@ def test_a_full_fine_tune_keeps_the_files_names_and_changes_its_weights(name, to
     assert all(torch.equal(value, ours[key].float()) for key, value in reloaded.state_dict().items())
 
 
-def test_the_inference_script_draws_with_a_lora_and_its_strength(toy_of, lora, tmp_path):
-    import tomllib
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_trains_on_blocks_in_fp8(name, toy_of, drawings, tmp_path):
+    from library.memory.quantised_linear import is_quantised
 
+    trainer = train(name, toy_of(name), drawings, tmp_path, "--max_train_steps", "1", "--fp8_base",
+                    "--gradient_checkpointing")  # fmt: skip
+    assert len(losses(tmp_path)) == 1 and 0 < losses(tmp_path)[0] < 100
+    assert sum(is_quantised(module) for module in trainer.denoiser.modules()) > 2
+
+
+def test_the_inference_script_draws_with_a_lora_and_its_strength(toy_of, lora, tmp_path):
     from library.inference import main
 
     trainer, output = lora
@@ -234,7 +248,8 @@ def test_the_inference_script_draws_with_a_lora_and_its_strength(toy_of, lora, t
     known = {part.option for part in family.parts} | {where.option for where, _ in family.tokenizers}
     words = [w for key, value in values.items() if key in known for w in (f"--{key}", str(toml.parent / value))]
     own = {option.name for option in family.inference_options}
-    words += [w for key, value in values.items() if key in own for w in (f"--{key}", str(value))]
+    for key in own & values.keys():
+        words += [f"--{key}"] if values[key] is True else [f"--{key}", str(values[key])]
     words += ["--prompt", "a red cat", "--image_size", str(SIDE), str(SIDE), "--infer_steps", "1", "--seed", "1"]
     pictures = {}
     for strength in ("0", "30"):
@@ -245,6 +260,19 @@ def test_the_inference_script_draws_with_a_lora_and_its_strength(toy_of, lora, t
         with Image.open(path) as image:
             assert image.size == (SIDE, SIDE)
     assert pictures["0"] != pictures["30"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_of_diffusion_pipe_starts_the_row_that_it_names(name, toy_of, drawings, tmp_path):
+    """All that can be known before a weight loads: files, their tokenizers, dataset, options. test_dialects.py trains."""
+    from train_network import NetworkTrainer
+
+    data = tmp_path / "data.toml"
+    folder = tomllib.loads(drawings.read_text())["datasets"][0]["subsets"][0]["image_dir"]
+    data.write_text(f"resolutions = [{SIDE}]\n[[directory]]\npath = '{folder}'\n", encoding="utf-8")
+    path = toy_config(name, toy_of(name), data, tmp_path)
+    trainer = NetworkTrainer(options.parse(None, ["--config_file", str(path)], "test"))
+    assert trainer.family.name == name and len(trainer.dataset.items) == 3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
