@@ -168,6 +168,25 @@ def test_a_device_with_memory_of_its_own_gets_copies(toy, scheme):
     assert relative(alone[0], alone[1]) > 0.1
 
 
+def test_samples_that_swap_fewer_blocks_change_the_expert_too(toy):
+    from library.memory.swap import BlockSwap
+
+    noisy, conds, sigma = torch.randn(1, 16, 2, 8, 8), [{"text": torch.randn(7, 4096)}], torch.tensor([0.5])
+    with torch.no_grad():
+        alone = [FAMILY.predict(expert(toy, model["t2v"]), noisy, sigma, conds) for model in (LOW, HIGH)]
+        model = expert(toy, LOW["t2v"])
+        experts = Experts(model, expert(toy, HIGH["t2v"]), Pair(FAMILY.denoiser, 0.875))
+        swap = BlockSwap(list(model.blocks), "cpu")
+        experts.place(torch.device("cpu"), swap)
+        with swap.only([model.blocks[1]]):
+            for index in (0, 1, 0, 1):
+                experts.use(index)
+                assert torch.equal(FAMILY.predict(model, noisy, sigma, conds), alone[index])
+        for index in (1, 0):
+            experts.use(index)
+            assert torch.equal(FAMILY.predict(model, noisy, sigma, conds), alone[index])
+
+
 # ---------------------------------------------------------------- turns
 
 
