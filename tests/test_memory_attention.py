@@ -3,6 +3,7 @@
 import sys
 import types
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import dit_cases
@@ -174,7 +175,7 @@ def golden_outcome(case, model):
 @pytest.mark.parametrize("case", GOLDENS, ids=lambda case: f"{case.file}-{case.cases[-1]}")
 def test_every_denoiser_computes_with_the_chosen_attention(case, packages, tmp_path):
     model = case.model(tmp_path)
-    family = SimpleNamespace(blocks=getattr(case.module, "BLOCKS", FAMILY.blocks))
+    family = replace(FAMILY, blocks=getattr(case.module, "BLOCKS", FAMILY.blocks))
     own, calls = F.scaled_dot_product_attention, []
     with torch.no_grad():
         expected = golden_outcome(case, model)
