@@ -122,7 +122,7 @@ def parse(family_name: str | None, argv: list[str] | None = None, prog: str = ""
         sys.exit(0)
     path = _config_path(words)
     config, places = configured(path) if path else ({}, {})
-    family = _family(family_name, words, config)
+    family = _family(family_name, words, config, path)
     table = {option.name: option for option in (*OPTIONS, *options_of(family))}
     values = {name: option.default for name, option in table.items()}
     origins = dict.fromkeys(table, DEFAULT)
@@ -185,8 +185,8 @@ def _split(argv: list[str]) -> dict[str, list[str]]:
     return out
 
 
-def _family(name: str | None, words: Mapping[str, list[str]], config: Mapping[str, Any]) -> Family:
-    from library.families import FAMILIES, get_family, script_of
+def _family(name: str | None, words: Mapping[str, list[str]], config: Mapping[str, Any], path: Path | None) -> Family:
+    from library.families import get_family, script_of
 
     wanted = words["model_type"][-1] if words.get("model_type") else config.get("model_type")
     if name and wanted and wanted != name:
@@ -195,8 +195,24 @@ def _family(name: str | None, words: Mapping[str, list[str]], config: Mapping[st
             f"run {script_of(str(wanted))}_train_network.py or train_network.py"
         )
     if not name and not wanted:
-        raise ConfigError(f"--model_type is missing; give one of {', '.join(FAMILIES)}")
+        wanted = _family_of_base(words, config, path)
     return get_family(name or str(wanted))
+
+
+def _family_of_base(words: Mapping[str, list[str]], config: Mapping[str, Any], path: Path | None) -> str:
+    """The family that the denoiser's file is of, where nobody says it. Raises ConfigError unless it is one."""
+    from library.families import FAMILIES, families_of
+
+    names = ("pretrained_model_name_or_path", "dit")  # musubi-tuner's is the second
+    given = next((words[name][-1] for name in names if words.get(name)), None)
+    base = given or _beside(path or Path("."), next((config[name] for name in names if name in config), None))
+    if not base or not Path(base).exists():
+        raise ConfigError(f"--model_type is missing; give one of {', '.join(FAMILIES)}")
+    found = families_of(base)
+    if len(found) != 1:
+        may = f"it can be each of {', '.join(found)}" if found else f"it is none of {', '.join(FAMILIES)}"
+        raise ConfigError(f"--model_type is missing, and {base} does not tell: {may}")
+    return found[0]
 
 
 def _config_path(words: Mapping[str, list[str]]) -> Path | None:

@@ -14,7 +14,7 @@ from studio_support import make_toy
 from training_support import ROOT, losses
 
 from library import checkpoints, options
-from library.families import FAMILIES, get_family
+from library.families import FAMILIES, families_of, get_family
 from library.layout import Layout, shapes_of
 
 torch.set_num_threads(1)
@@ -273,6 +273,11 @@ def test_a_file_of_diffusion_pipe_starts_the_row_that_it_names(name, toy_of, dra
     path = toy_config(name, toy_of(name), data, tmp_path)
     trainer = NetworkTrainer(options.parse(None, ["--config_file", str(path)], "test"))
     assert trainer.family.name == name and len(trainer.dataset.items) == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_family_is_told_by_the_denoisers_file(name, toy_of):
+    assert families_of(toy_of(name).with_name("denoiser.safetensors")) == [name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

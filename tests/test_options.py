@@ -369,3 +369,13 @@ def test_pairs_become_values():
     }  # fmt: skip
     with pytest.raises(ConfigError, match="'a' is given twice"):
         parse_pairs(["a=1", "a=2"], "optimizer_args")
+
+
+def test_train_network_finds_the_family_by_the_denoisers_file(tmp_path, monkeypatch):
+    monkeypatch.delitem(library.families.FAMILIES, "toy")
+    base = "models/emoji64/denoiser.safetensors"
+    assert parse("--pretrained_model_name_or_path", base, family=None).model_type == "z_image"
+    with pytest.raises(ConfigError, match="--model_type is missing; give one of"):
+        parse("--config_file", config(tmp_path, "dit = 'gone.safetensors'"), family=None)
+    with pytest.raises(ConfigError, match="vae.safetensors does not tell: it is none of anima, "):
+        parse("--dit", "models/emoji64/vae.safetensors", family=None)

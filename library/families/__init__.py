@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from library.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from library.families.family import Family
 
 FAMILIES: dict[str, str] = {
@@ -46,3 +48,23 @@ def get_family(name: str) -> Family:
         raise ConfigError(f"model_type '{name}' is not known{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
     module, record = FAMILIES[name].split(":")
     return getattr(importlib.import_module(module), record)
+
+
+def families_of(path: Path | str) -> list[str]:
+    """The families whose denoiser a file or a diffusers folder can be; only headers are read. Raises ConfigError for
+    what cannot be opened."""
+    from library.checkpoints import Checkpoint
+
+    opened: dict[str, dict[str, dict]] = {}  # sub-folder -> prefix -> shapes: many families have the same ones
+    found = []
+    for name in FAMILIES:
+        part = get_family(name).denoiser
+        shapes = opened.setdefault(part.diffusers_folder, {})
+        for prefix in part.prefixes:
+            if prefix not in shapes:
+                whole = Checkpoint.open(path, part.diffusers_folder)
+                shapes[prefix] = (whole.with_prefix(prefix) if prefix else whole).shapes
+            if shapes[prefix] and part.recognise(shapes[prefix]):
+                found.append(name)
+                break
+    return found
