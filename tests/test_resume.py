@@ -132,9 +132,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped(toy, pictures, tmp_path, ki
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
 
 
-HALF = ("--mixed_precision", "bf16", "--full_bf16")  # without it a correction of rounding has no use and is refused
+HALF = ("--mixed_precision", "bf16", "--full_bf16")  # its corrections are of weights in half precision
+OWN_RATE = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "warmup_init=False")
 SLOW = {
-    name: ("--optimizer_type", name, *(HALF if name == "adamw8bitkahan" else ()))
+    name: ("--optimizer_type", name, *{"adamw8bitkahan": HALF, "adafactor": OWN_RATE}.get(name, ()))
     for name in OPTIMIZERS
     if name not in ("adamw", "SGD")
 }
@@ -146,7 +147,7 @@ SLOW = {
 def test_every_optimizer_through_the_whole_program(toy, pictures, tmp_path, kind, what):  # noqa: F811
     config = toy if what == "lora" else toy.with_name("toy_full.toml")
     free = optim.is_lr_free(kind)
-    rate = () if kind == "adafactor" else ("--learning_rate", "1" if free else "1e-3")
+    rate = ("--learning_rate", "1" if free else "1e-3")
     extra = ("--max_train_steps", "5", "--gradient_accumulation_steps", "2", *rate, *SLOW[kind])
     train(config, pictures, tmp_path / "whole", *extra)
     train(config, pictures, tmp_path / "parts", *extra, "--save_every_n_steps", "3", "--save_state")
