@@ -39,8 +39,9 @@ def studio(toy):
 
 
 def test_what_is_quoted_is_drawn_as_letters_and_apostrophes_are_not():
-    from library.components.glyphs import prompt as glyphs
+    from library.components.glyphs import IMAGE
 
+    glyphs = IMAGE.prompt
     assert glyphs('a sign "OPEN" and “关门”') == 'Text "OPEN". Text "关门". '
     assert glyphs("it's a dog that doesn't bark") == ""
 

@@ -225,6 +225,9 @@ TOYS: dict[str, Toy] = {
         toy_vaes.hunyuan_video(),
         {"text_encoder": ToyText(llama3, 64, "llama"), "clip_l": ToyText(clip_bare, 768, "clip")},
     ),
+    "hunyuan_video_15": Toy(
+        toy_vaes.hunyuan_video_15(), {"text_encoder": ToyText(qwen25_vl, 64), "byt5": ToyText(t5, 1472, "bytes")}
+    ),
     "lumina_2": Toy(vae_ldm(16), {"text_encoder": ToyText(gemma2, 64, "bos")}),
     "omnigen2": Toy(vae_ldm(16), {"text_encoder": ToyText(qwen25_vl, 64)}),
     "ltx_video": Toy(toy_vaes.ltx_video(), {"t5xxl": ToyText(t5, 4096, "t5")}),

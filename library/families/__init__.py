@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "hidream": "library.families.hidream:HIDREAM",
     "hunyuan_image": "library.families.hunyuan_image:HUNYUAN_IMAGE",
     "hunyuan_video": "library.families.hunyuan_video:HUNYUAN_VIDEO",
+    "hunyuan_video_15": "library.families.hunyuan_video_15:HUNYUAN_VIDEO_15",
     "lumina_2": "library.families.lumina_2:LUMINA_2",
     "omnigen2": "library.families.omnigen2:OMNIGEN2",
     "ltx_video": "library.families.ltx_video:LTX_VIDEO",
