@@ -267,6 +267,12 @@ def test_more_controls_than_the_model_takes_are_refused_by_name(tmp_path, target
         prepared(tmp_path, targets, extra, edits(0))
     with pytest.raises(DatasetError, match=r"pairs of pictures, but a\.png, b\.png, c\.png have no control picture"):
         prepared(tmp_path, targets, "", edits(2, least=1))
+    rest = prepared(tmp_path, targets, extra, edits(1), skip_bad=True)
+    assert [item.path.name for item in rest.items] == ["b.png", "c.png"]
+    assert [(fault.file[-5:], fault.reason) for fault in rest.report.faults] == [
+        ("a.png", "it has 2 control pictures, Edit takes 1")
+    ]
+    assert rest.report.found == rest.report.trained + sum(rest.report.dropped.values()) == 3
 
 
 def test_what_changes_a_picture_alone_is_refused_beside_controls(tmp_path, targets):

@@ -19,7 +19,7 @@ from library.data import buckets, clips, controls
 from library.data.buckets import Placement
 from library.data.captions import has_tags
 from library.data.config import DatasetSpec, load_dataset_config
-from library.data.items import Item, Report, names, sentence
+from library.data.items import Fault, Item, Report, names, sentence
 from library.data.sources import items_of, read_subset
 from library.data.video_table import video_table
 from library.errors import ConfigError, DatasetError
@@ -168,6 +168,8 @@ def prepare(
                 items += items_of(row, k, subset, number, options, rule, report)
             if rule:
                 report.notes += clips.notes([row.video for row in rows if row.video], subset, rule)
+        if family is not None and (collect or options.skip_bad):
+            items = _fitting(items, family, report)
         items = _balance(items, report)
         train, held = _split(items, spec, options)
         _place(train + held, spec, sizes)
@@ -304,6 +306,28 @@ def _place(items: Iterable[Item], spec: DatasetSpec, sizes: tuple[tuple[int, int
             else:
                 known[item.size] = buckets.assign(item.size, predefined)
         item.placement = known[item.size]
+
+
+def _fitting(items: list[Item], family: Any, report: Report) -> list[Item]:
+    """Those that this model can be trained on; the files of the others are faults of the report.
+
+    What `_check_controls` and `_check_frames` refuse at once, for who goes on without it.
+    """
+    least = family.frames.least if family.frames else 0
+    reasons: dict[int, str] = {}  # row -> what is wrong with the file
+    for item in items:
+        if len(item.controls) > family.max_controls:
+            reasons[item.row] = (
+                f"it has {len(item.controls)} control pictures, {family.title} takes {family.max_controls}"
+            )
+        elif len(item.controls) < family.least_controls:
+            reasons[item.row] = f"it has no control picture, and {family.title} is trained on pairs of pictures"
+        elif item.frames < least:
+            reasons[item.row] = f"{family.title} is trained on clips of at least {least} frames, one of it has fewer"
+    files = {item.row: item for item in items}
+    for row, reason in reasons.items():
+        report.faults.append(Fault(files[row].file, "video" if files[row].clip else "picture", reason))
+    return [item for item in items if item.row not in reasons]
 
 
 def _check_controls(items: Iterable[Item], family: Any) -> None:
