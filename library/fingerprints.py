@@ -6,8 +6,13 @@ keys names the file, so that a mistaken path is answered with what the file is.
 
 from __future__ import annotations
 
+import functools
+import gzip
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from library.checkpoints import Checkpoint, configuration, facts, rows_of
@@ -18,6 +23,7 @@ from library.families import FAMILIES, get_family
 from library.families.family import Part
 from library.layout import Shape
 
+RELEASED = Path(__file__).resolve().parent / "released"  # lists of names and shapes of released models
 PREFIXES = (
     "",
     "model.diffusion_model.",
@@ -243,12 +249,18 @@ def _names(part: Any, layout: str, checkpoint: Checkpoint) -> dict[str, Shape]:
 
 
 def _lora(shapes: Mapping[str, Shape], common: dict[str, Any]) -> Identity:
-    """Format by prefix, family by the module names that the file's keys hold."""
+    """Format by prefix, family by the modules that the file's keys name; none where they are several families'."""
     found = max(LORA_PREFIXES, key=lambda name: sum(key.startswith(LORA_PREFIXES[name]) for key in shapes))
     prefix = LORA_PREFIXES[found]
     modules = {_module(key).removeprefix(prefix) for key in shapes if key.startswith(prefix)}
     unmatched = sorted(key for key in shapes if not key.startswith(prefix) or not key.endswith(LORA_SUFFIXES))
-    family = next((name for name in FAMILIES if _fits(name, modules, found)), "")
+    named = {_any_block(module) for module in modules}
+    fitting = [name for name in FAMILIES if modules and named <= _modules_of(name).keys()]
+    if len(fitting) > 1:
+        fitting = [name for name in fitting if _has_widths(_modules_of(name), shapes, prefix)]
+    if not fitting and found != "diffusers":  # names that lists do not have, of a model of another kind
+        fitting = [name for name in FAMILIES if _fits(name, modules, found)]
+    family = fitting[0] if len(fitting) == 1 else ""
     title = f"a LoRA of {get_family(family).title} in {found} names" if family else f"a LoRA in {found} names"
     return Identity(
         "lora",
@@ -269,6 +281,40 @@ def _module(key: str) -> str:
         if key.endswith(LORA_SUFFIXES)
         else key
     )
+
+
+def _any_block(module: str) -> str:
+    """A module's name in any format, whatever the number of its block."""
+    return re.sub(r"(?<=_)\d+(?=_)", "N", module.replace(".", "_"), count=1)
+
+
+def _has_widths(released: Mapping[str, Shape], shapes: Mapping[str, Shape], prefix: str) -> bool:
+    """Whether adapters are as wide as what they adapt in the released model, as far as its list has their names."""
+    for key, shape in shapes.items():
+        wanted = released.get(_any_block(_module(key).removeprefix(prefix)), ())
+        down, up = (
+            key.endswith((".lora_down.weight", ".lora_A.weight")),
+            key.endswith((".lora_up.weight", ".lora_B.weight")),
+        )
+        if wanted and ((down and shape[1:2] != wanted[1:2]) or (up and shape[:1] != wanted[:1])):
+            return False
+    return True
+
+
+@functools.cache
+def _modules_of(name: str) -> Mapping[str, Shape]:
+    """Modules of a family's denoiser as `_any_block` writes them: of the released model, with the shapes of their
+    weights, and of its tables, without."""
+    part = get_family(name).denoiser
+    index = json.loads((RELEASED / "index.json").read_text(encoding="utf-8"))
+    path = RELEASED / f"{index.get(name, {}).get('denoiser', name)}.json.gz"
+    keys = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
+    listed = {key.removesuffix(".weight"): tuple(keys[key]) for key in keys if key.endswith(".weight")}
+    for prefix in filter(None, part.prefixes):
+        listed |= {module.removeprefix(prefix): shape for module, shape in listed.items()}
+    tables = [table for table in part.layouts.values() if not callable(table)]  # a callable needs the model's size
+    modules = {one: () for table in tables for row in table for names in (row.ours, (row.theirs,)) for one in names}
+    return {_any_block(module.replace("{i}", "0")): shape for module, shape in (modules | listed).items()}
 
 
 def _fits(name: str, modules: set[str], found: str) -> bool:

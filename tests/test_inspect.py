@@ -46,6 +46,35 @@ def test_a_lora_is_named_with_its_format_and_family(toy, pictures, tmp_path, for
     assert (found["kind"], found["family"], found["format"]) == ("lora", "z_image", form) and found["unmatched"] == []
 
 
+@pytest.mark.parametrize("name", ["qwen_image", "sd3", "lumina_2", "z_image", "auraflow", "hunyuan_image"])
+@pytest.mark.parametrize("start", ["diffusion_model.", "lora_unet_"])
+def test_a_lora_is_not_taken_for_one_of_a_family_whose_names_begin_alike(name, start):
+    """Lumina's and Z-Image's blocks do; HunyuanImage's and Flux's differ in their widths alone."""
+    from library.families import get_family
+
+    part, content = get_family(name).denoiser, read_json(f"layouts/{name}")
+    shapes, begins = content.get("keys", content), get_family(name).adapted
+    prefix = content.get("file_prefix") or next(p for p in part.prefixes if any(k.startswith(p) for k in shapes))
+    plain = {k.removeprefix(prefix).removesuffix(".weight"): s for k, s in shapes.items() if len(s) == 2}
+    keys = {}
+    for module, (rows, columns) in plain.items():
+        if module.startswith(begins):
+            stem = start + (module.replace(".", "_") if start == "lora_unet_" else module)
+            keys |= {f"{stem}.lora_A.weight": (4, columns), f"{stem}.lora_B.weight": (rows, 4), f"{stem}.alpha": ()}
+    found = named(keys)
+    assert len(keys) > 300 and (found.kind, found.family) == ("lora", name), found.title
+
+
+def test_a_lora_of_modules_that_several_families_have_is_given_to_none():
+    """Chroma's and HunyuanVideo's are Flux's too; attention of Qwen-Image and of SD3 has the same names in diffusers' files."""
+    for stem, rows in (
+        ("diffusion_model.double_blocks.0.img_attn.qkv", 9216),
+        ("transformer.transformer_blocks.3.attn.to_q", 3072),
+    ):
+        found = named({f"{stem}.lora_A.weight": (4, 3072), f"{stem}.lora_B.weight": (rows, 4)})
+        assert (found.kind, found.family) == ("lora", "") and "a LoRA in" in found.title
+
+
 def test_missing_and_unknown_keys_are_listed(toy, tmp_path):  # noqa: F811
     from safetensors.torch import load_file, save_file
 
