@@ -184,7 +184,10 @@ def test_adapters_optimizers_and_full_fine_tunes(tmp_path):
     sdxl = parsed(
         tmp_path, "[model]\ntype='sdxl'\ncheckpoint_path='x'\ndtype='bfloat16'\ntext_encoder_2_lr=0\nv_pred=true"
     )
-    assert sdxl.text_encoder_lr == [2e-5, 0.0] and sdxl.v_parameterization
+    assert sdxl.text_encoder_lr == [2e-5, 0.0] and sdxl.v_parameterization and sdxl.zero_terminal_snr
+    assert lokr.save_format == "diffusers" and sdxl.save_format == "kohya", "as diffusion-pipe saves them"
+    lumina = parsed(tmp_path, "[model]\ntype='lumina_2'\ntransformer_path='x'")
+    assert lumina.system_prompt == "" and "type (lumina_2's usual one)" in lumina.report()
     assert sdxl.cache_latents and not sdxl.cache_text_encoder_outputs
 
 

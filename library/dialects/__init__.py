@@ -51,6 +51,7 @@ class Kind:
 
     family: str
     implied: Mapping[str, Any] = field(default_factory=dict)  # options
+    usual: Mapping[str, Any] = field(default_factory=dict)  # options that hold where no key says otherwise
     trains_text: bool = False  # its text encoders are trained, and so not cached
     # part of the denoiser's name -> --model_version, the first that fits, where the file itself does not tell
     versions: Mapping[str, str] = field(default_factory=dict)

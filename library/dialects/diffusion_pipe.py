@@ -17,13 +17,15 @@ from library.errors import ConfigError, nearest
 # [model] type -> what it means; a family's own name is a type, too
 TYPES: dict[str, Kind] = {
     "sdxl": Kind("sdxl", trains_text=True),
+    "flux": Kind("flux", usual={"save_format": "diffusers"}),
+    "lumina_2": Kind("lumina_2", usual={"system_prompt": ""}),  # it is a caption_prefix there
     "ltx-video": Kind("ltx_video"),
     "hunyuan-video": Kind("hunyuan_video"),
     "qwen_image": Kind("qwen_image", versions=QWEN_NAMES),
     "qwen2511": Kind("qwen_image", {"model_version": "edit-2511"}),
     **{
         name: Kind(name)
-        for name in "flux cosmos lumina_2 wan chroma hidream sd3 cosmos_predict2 omnigen2 hunyuan_image auraflow "
+        for name in "cosmos wan chroma hidream sd3 cosmos_predict2 omnigen2 hunyuan_image auraflow "
         "z_image hunyuan_video_15 flux2 anima".split()
     },
 }
@@ -102,6 +104,11 @@ def _bound(option: str) -> Callable[..., None]:
     return set_bound
 
 
+def _v_pred(t: Translation, value: Any, where: str) -> None:
+    t.set("v_parameterization", value, where)
+    t.set("zero_terminal_snr", value, f"{where} (with betas of zero terminal SNR)")
+
+
 def _cached_text(t: Translation, value: Any, where: str) -> None:
     if value and t.kind.trains_text:
         t.refuse(where, "these encoders are trained; set their learning rates to 0 natively to cache them")
@@ -145,7 +152,7 @@ MODEL: dict[str, Any] = {
     "max_t": _bound("max_timestep"),
     "guidance": "guidance_scale",
     "bypass_guidance_embedding": "bypass_guidance_embedding",
-    "v_pred": "v_parameterization",
+    "v_pred": _v_pred,
     "min_snr_gamma": "min_snr_gamma",
     "debiased_estimation_loss": "debiased_estimation_loss",
     "unet_lr": "unet_lr",
@@ -172,6 +179,8 @@ def _model(t: Translation) -> None:
     offered = {*own, *(option.name for option in OPTIONS)}
     lacks = Refused(f"{title} has nothing that it could set; remove it")
     rules = own | {k: lacks if isinstance(rule, str) and rule not in offered else rule for k, rule in MODEL.items()}
+    if "v_parameterization" not in offered:
+        rules["v_pred"] = lacks
     if not t.kind.trains_text:
         rules |= dict.fromkeys(RATES, Refused(f"the text encoders of {title} are not trained; remove it"))
     t.read({key: value for key, value in model.items() if key not in (*FILES, *TIMES, "type")}, rules, "[model]")
@@ -431,6 +440,9 @@ def translate(config: Mapping[str, Any], path: Path) -> Translation:
         t.set(option, value, "[model] type")
     _model(t)
     _adapter(t)
+    for option, value in meant.usual.items():
+        if option != "save_format" or "network_module" in t.values:
+            t.imply(option, value, f"[model] type ({kind}'s usual one)")
     _optimizer(t)
     _top(t)
     t.read(t.config.get("monitoring", {}), MONITORING, "[monitoring]")
