@@ -1,6 +1,7 @@
 """diffusion-pipe's files: every [model] table of its documents, every key, runs of the toys, the migrated file."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ REST = "[adapter]\ntype = 'lora'\nrank = 32\ndtype = 'bfloat16'\n[optimizer]\nty
 
 
 def blocks():
-    """The [model] tables of the document that names them, each with the comments that are settings switched on."""
+    """The lines of every [model] table of the document that describes the models."""
     found, current = [], None
     for path in sorted(SEEDS.glob("000_*.txt")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -66,6 +67,25 @@ def test_every_model_table_of_the_documents_is_read(number, tmp_path):
     assert found.fp8_base == (held or "").startswith("float8")
     report = found.report()
     assert "run.toml, [model] dtype" in report and "run.toml, [adapter] rank" in report
+
+
+def test_every_setting_that_the_documents_comment_out_is_read(tmp_path):
+    if not SEEDS.is_dir():
+        pytest.skip("the documents are not beside the repository")
+    tried = set()
+    for block in blocks():
+        lines = [line for line in block if "=" in line or line.strip()[:1] in "[]{}'"]
+        for k, line in enumerate(lines):
+            found = re.fullmatch(r"#\s*(\w+) = (.+)", line)
+            if not found:
+                continue
+            rest = [other for n, other in enumerate(lines) if n != k and not re.match(rf"#?\s*{found[1]} =", other)]
+            model = "\n".join(rest + [f"{found[1]} = {found[2]}"])
+            given = tomllib.loads(model)["model"]
+            options_found = parsed(tmp_path, model)
+            assert f"run.toml, [model] {found[1]}" in options_found.report() or found[1] in ("ckpt_path", "flux_shift")
+            tried.add((given["type"], found[1]))
+    assert len(tried) >= 14 and {("sdxl", "v_pred"), ("ltx-video", "first_frame_conditioning_p")} <= tried
 
 
 def test_a_file_of_musubi_tuners_is_read(tmp_path):
