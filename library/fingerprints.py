@@ -261,6 +261,8 @@ def _lora(shapes: Mapping[str, Shape], common: dict[str, Any]) -> Identity:
     if not fitting and found != "diffusers":  # names that lists do not have, of a model of another kind
         fitting = [name for name in FAMILIES if _fits(name, modules, found)]
     family = fitting[0] if len(fitting) == 1 else ""
+    if found == "diffusers" and family and "original" in get_family(family).save_formats:
+        found = "original" if _fits(family, modules, found) else found  # the release's names have the same prefix
     title = f"a LoRA of {get_family(family).title} in {found} names" if family else f"a LoRA in {found} names"
     return Identity(
         "lora",

@@ -289,6 +289,16 @@ def test_the_default_format_has_the_releases_names_which_comfyui_takes(wide):
         assert formats.detect_format(formats.write(modules, form, layout), layout) == form
 
 
+def test_a_lora_under_the_releases_names_is_known_as_one(wide, tmp_path):
+    from library.fingerprints import identify_path
+    from networks import formats
+
+    layout, modules = wide
+    save_file(formats.write(modules, "original", layout), tmp_path / "lora.safetensors")
+    found = identify_path(tmp_path / "lora.safetensors")
+    assert (found.kind, found.family, found.format) == ("lora", "hunyuan_video", "original") and not found.unmatched
+
+
 def test_kohyas_names_are_musubi_tuners(wide):
     """It names modules as Tencent's code does, with underscores."""
     from networks import formats

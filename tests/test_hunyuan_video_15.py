@@ -174,15 +174,17 @@ def embeds(cond, negative=""):
             f"{negative}prompt_embeds_mask_2": torch.full(letters.shape[:2], float("byt5" in cond))}  # fmt: skip
 
 
-@pytest.mark.parametrize("model", ["t2v", "i2v"])
+@pytest.mark.parametrize("model", ["t2v", "i2v", "step"])
 def test_a_video_is_the_one_that_diffusers_pipeline_makes(studios, photo, model, monkeypatch):
-    studio, image = studios(model), model == "i2v"
+    """A step-distilled model is told where each step leads, and sampled without guidance."""
+    studio, image = studios(model), model != "t2v"
     words = f"--n blurry --w 64 --h 64 --f 9 {f'--i {photo}' if image else ''}"
     cond, uncond = conditions(studio, f'a sign "cat" {words}')
     assert "byt5" in cond and "byt5" not in uncond
     shape, sampling = (32, 3, 4, 4), studio.family.sampling
-    assert (sampling["scale"], sampling["flow_shift"]) == (6.0, 5.0)
-    settings = {"shape": shape, "seed": 5, "steps": 4, "scale": 6.0, "shift": 5.0, "device": "cpu"}
+    scale, shift = (1.0, 7.0) if model == "step" else (6.0, 5.0)
+    assert (sampling["scale"], sampling["flow_shift"]) == (scale, shift)
+    settings = {"shape": shape, "seed": 5, "steps": 4, "scale": scale, "shift": shift, "device": "cpu"}
     ours = sample.generate_latents(studio.family, studio.denoiser, cond, uncond, **settings)
     pipeline = pipeline_of(studio, image)
     start = torch.randn((1, *shape), generator=torch.Generator().manual_seed(5))
