@@ -350,7 +350,8 @@ def test_diffusers_pipeline_takes_the_lora(studios, tmp_path):
 
 
 def test_tencents_own_tree_gives_what_comfyuis_files_give(toy, studios, tmp_path):
-    """`ckpts`: torch files with a `module` around the weights, LLaVA's text half and CLIP-L as folders."""
+    """`ckpts`: torch files with a `module` around the weights, LLaVA's text half and CLIP-L as folders
+    that hold their tokenizers, too."""
     weights = load_file(toy.with_name("denoiser.safetensors"))
     root = tmp_path / "ckpts" / "hunyuan-video-t2v-720p"
     (root / "transformers").mkdir(parents=True)
@@ -367,9 +368,7 @@ def test_tencents_own_tree_gives_what_comfyuis_files_give(toy, studios, tmp_path
     save_file(load_file(file), file, {"head_dim": "16"})  # the toy's heads are narrower than Llama's
     words = ["--dit", str(root / "transformers" / "mp_rank_00_model_states.pt"), "--vae",
              str(root / "vae" / "pytorch_model.pt"), "--text_encoder", str(tmp_path / "ckpts" / "text_encoder"),
-             "--clip_l", str(tmp_path / "ckpts" / "text_encoder_2"),
-             "--tokenizer", str(tmp_path / "ckpts" / "text_encoder"),
-             "--tokenizer_clip_l", str(tmp_path / "ckpts" / "text_encoder_2")]  # fmt: skip
+             "--clip_l", str(tmp_path / "ckpts" / "text_encoder_2")]  # fmt: skip
     noisy = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     made = []
     for studio in (studio_of("hunyuan_video", words), studios()):
