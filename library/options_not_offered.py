@@ -49,6 +49,8 @@ NOT_OFFERED: dict[str, str] = {
     **_all("offload_param_device offload_param_nvme_path zero3_init_flag", "DeepSpeed is not used"),
     **_all("zero3_save_16bit_model fp16_master_weights_and_gradients", "DeepSpeed is not used"),
     **_all("disable_mmap_load_safetensors", "files are always read through a memory map"),
+    **_all("pos_emb_random_crop_rate enable_scaled_pos_embed", "positions are as the model has them"),
+    **_all("save_clip save_t5xxl t5xxl_device t5xxl_dtype", "it does nothing in sd-scripts either; remove it"),
     **_all("apply_t5_attn_mask", "Chroma's text always has its mask; for Flux and SD3 it is an option"),
     **_all("sample_sampler", "flow models are sampled with Euler steps"),
 }

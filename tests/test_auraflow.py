@@ -136,3 +136,19 @@ def test_what_is_wrong_with_the_files_is_one_sentence(toy, tmp_path):
         save(weights(part_shapes(FAMILY.text_encoders[0], made[0]), 0), file)
         with pytest.raises(ConfigError, match=message):
             studio_of(toy, text_encoder=str(file))
+
+
+def test_a_diffusers_folder_alone_draws_the_same_picture(toy, studio, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    folder = studio_of(toy, pretrained_model_name_or_path=str(tmp_path), vae="", text_encoder="")
+    drawn = []
+    for one in (folder, studio):
+        cond, uncond = pair_of(one, "a red cat --n blurry")
+        drawn.append(
+            sample.generate_latents(
+                one.family, one.denoiser, cond, uncond, shape=SHAPE, seed=5, steps=2, scale=3.5, shift=1.73,
+                device="cpu",
+            )
+        )  # fmt: skip
+    assert relative(*drawn) < 1e-5
+    assert relative(*(one.family.decode_latents(one.vae, drawn[0]) for one in (folder, studio))) < 1e-5

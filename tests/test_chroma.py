@@ -169,3 +169,19 @@ def test_the_token_limit_is_an_option_and_a_part_of_the_caches_identity(toy, stu
     assert len(short.encode(*studio.encoders, Text("the picture of a black dog"), "cpu")["text"]) == 4
     assert len(short.encode(*studio.encoders, Text("a"), "cpu")["text"]) < 4
     assert short.recipe and not studio.family.recipe
+
+
+def test_a_diffusers_folder_alone_draws_the_same_picture(toy, studio, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    folder = studio_of(toy, pretrained_model_name_or_path=str(tmp_path), vae="", t5xxl="")
+    drawn = []
+    for one in (folder, studio):
+        cond, uncond = pair_of(one, "a red cat --n blurry")
+        drawn.append(
+            sample.generate_latents(
+                one.family, one.denoiser, cond, uncond, shape=SHAPE, seed=5, steps=2, scale=5.0, shift=2.0,
+                device="cpu",
+            )
+        )  # fmt: skip
+    assert relative(*drawn) < 1e-5
+    assert relative(*(one.family.decode_latents(one.vae, drawn[0]) for one in (folder, studio))) < 1e-5

@@ -174,3 +174,41 @@ def test_what_is_wrong_with_the_files_is_one_sentence(toy, tmp_path):
         studio_of(toy, gemma2=str(file))
     with pytest.raises(ConfigError, match="Gemma 2"):
         studio_of(toy, gemma2=str(toy.with_name("vae.safetensors")))
+
+
+def test_a_diffusers_folder_alone_draws_the_same_picture(toy, studio, pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    folder = studio_of(toy, pretrained_model_name_or_path=str(tmp_path), vae="", gemma2="")
+    drawn = []
+    for one in (folder, studio):
+        cond, uncond = pair_of(one, "a red cat --n blurry")
+        drawn.append(
+            sample.generate_latents(
+                one.family, one.denoiser, cond, uncond, shape=SHAPE, seed=5, steps=2, scale=4.0, shift=6.0,
+                device="cpu",
+            )
+        )  # fmt: skip
+    assert relative(*drawn) < 1e-5
+    assert relative(*(one.family.decode_latents(one.vae, drawn[0]) for one in (folder, studio))) < 1e-5
+
+
+def test_sd_scripts_arguments_for_parts_of_the_model(toy):
+    from library import checkpoints
+    from networks import lora_lumina
+
+    def ranks(**words):
+        model = checkpoints.load_part(FAMILY.denoiser, toy.with_name("denoiser.safetensors"), dtype=torch.float32)
+        model.binding.adapted = FAMILY.adapted
+        adapters = lora_lumina.create_network(1.0, 4, 4.0, None, [], model, **words).adapters
+        return {name: adapter.rank for name, adapter in adapters.items()}
+
+    found = ranks(attn_dim="8", mlp_dim="0", refiner_dim="2", embedder_dims="[0,0,3]")
+    assert found["layers.0.attention.qkv"] == 8 and found["layers.0.adaLN_modulation.1"] == 4
+    assert found["noise_refiner.0.attention.qkv"] == 2 and found["cap_embedder.1"] == 3
+    assert (
+        not any(name.startswith("layers.") and "feed_forward" in name for name in found) and "x_embedder" not in found
+    )
+    assert {name.split(".")[0] for name in ranks(train_blocks="noise_refiner")} == {"noise_refiner"}
+    assert {name.split(".")[0] for name in ranks(train_blocks="transformer")} == {"layers"}
+    with pytest.raises(ConfigError, match="train_blocks=x is none of all, transformer, refiners"):
+        ranks(train_blocks="x")

@@ -241,6 +241,14 @@ def test_the_lora_is_taken_by_diffusers_pipeline_with_those_of_both_clips(toy, p
     assert relative(theirs, ours) < 1e-4 < 1e-2 < relative(before, ours)
 
 
+def test_t5_can_be_trained_and_has_sd_scripts_name(toy, pictures, tmp_path):  # noqa: F811
+    values = [word for word in arguments(toy, pictures, tmp_path) if word != "--cache_text_encoder_outputs"]
+    values += ["--max_train_steps", "1", "--text_encoder_lr", "0", "0", "1e-3", "--save_format", "kohya"]
+    NetworkTrainer(options.parse("sd3", values, "test")).run()
+    starts = {key.split("_")[1] for key in load_file(tmp_path / "run.safetensors")}
+    assert starts == {"unet", "te3"}
+
+
 def test_a_run_without_t5_with_dropout_trains(toy, pictures, tmp_path):  # noqa: F811
     lines = [line for line in toy.read_text().splitlines() if "t5xxl" not in line]
     config = toy.with_name("no_t5.toml")

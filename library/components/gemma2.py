@@ -59,6 +59,7 @@ def part(title: str = "a Gemma 2 text encoder", option: str = "text_encoder") ->
         carried=(*decoder.CARRIED, tokenizers.SPIECE),
         diffusers_folder="text_encoder",
         finish=finish,
+        stated=("head_dim", "attn_logit_softcapping"),
         tokenizer=Tokenizer(
             "tokenizer",
             "Alpha-VLLM/Lumina-Image-2.0",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from diffusers import ChromaTransformer2DModel
 from diffusers.models.embeddings import Timesteps, get_timestep_embedding
@@ -53,7 +55,9 @@ class KeyMask(FluxAttnProcessor):
 
 
 def build(**configuration: object) -> ChromaTransformer2DModel:
-    model = ChromaTransformer2DModel(**configuration)
+    with warnings.catch_warnings():  # diffusers warns of where it has its own positions from
+        warnings.filterwarnings("ignore", message=".*FluxPosEmbed.*", category=FutureWarning)
+        model = ChromaTransformer2DModel(**configuration)
     model.time_text_embed = ModulationInputs(model.config.approximator_num_channels // 4)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.attn.set_processor(KeyMask())
