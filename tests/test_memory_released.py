@@ -9,7 +9,8 @@ from training_support import ROOT
 from library import options as option_machinery
 from library.errors import ConfigError
 from library.families import FAMILIES
-from library.memory import planner, released
+from library.memory import planner, released, swap_plan
+from tools import memory_table
 
 LORA = ["--output_dir", "x", "--mixed_precision", "bf16", "--network_module", "networks.lora"]
 
@@ -25,6 +26,34 @@ def test_every_part_is_there_and_is_what_it_is_taken_for(name):
         found = [made.sketch(part)[0] for part in family.parts]
         assert len(notes) == len(family.parts) and all(sketch.stored_bytes > 1e6 for sketch in found)
     assert not found[0].path.exists()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Name -> the cells of its row in docs/memory.md."""
+    page = memory_table.PAGE.read_text(encoding="utf-8")
+    return {name: [cell.strip() for cell in line.split("|")[1:-1]] for name, line in memory_table.rows_of(page).items()}
+
+
+def test_the_table_has_every_family(rows):
+    left = sorted(FAMILIES.keys() - rows.keys())
+    assert not left, f"python tools/memory_table.py {' '.join(left)}"
+    assert list(rows) == [name for name in memory_table.names() if name in rows]
+
+
+def test_a_row_is_what_the_tool_says(rows):
+    assert memory_table.row("sd").split(" | ") == f"| {' | '.join(rows['sd'])} |\n".split(" | ")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_largest_number_of_swapped_blocks_is_the_stated_one(name, rows):
+    stated = rows[name][6].partition("(")[2].rstrip(")")
+    with released.completed(option_machinery.parse(name, LORA, "test")) as (options, family, _):
+        swap_plan.check(family, options.replace(blocks_to_swap=int(stated)))
+        with pytest.raises(
+            ConfigError, match=f"--blocks_to_swap {int(stated) + 1}: .* at most {stated} can be swapped"
+        ):
+            swap_plan.check(family, options.replace(blocks_to_swap=int(stated) + 1))
 
 
 def test_a_file_has_the_published_names_and_takes_no_room(tmp_path):

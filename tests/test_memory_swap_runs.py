@@ -92,16 +92,27 @@ def test_too_many_blocks_are_refused_before_anything_is_loaded(toy, pictures, tm
         train(toy, pictures, tmp_path, *deep, "--use_pinned_memory_for_block_swap")
 
 
-def test_the_vae_is_loaded_for_samples_when_the_denoiser_has_made_room_and_then_goes(
+def test_the_denoiser_is_loaded_when_the_text_encoder_is_gone_and_makes_room_for_the_vae_of_samples(
     toy, pictures, tmp_path, monkeypatch
 ):  # noqa: F811
     import contextlib
+    import gc
+    import weakref
 
     from library.memory.denoiser import DenoiserMemory
     from library.runtime import Runtime
 
     (tmp_path / "prompts.txt").write_text("a red cat --w 64 --h 64 --s 1\n", encoding="utf-8")
     events, load_vae = [], Runtime.load_vae
+    load_part, loaded, beside = Runtime._load_part, [], []
+
+    def load_any(self, part, *how):
+        if part is self.family.denoiser:
+            gc.collect()
+            beside.append([name for name, ref in loaded if ref() is not None])
+        model = load_part(self, part, *how)
+        loaded.append((part.name, weakref.ref(model)))
+        return model
 
     @contextlib.contextmanager
     def away(self):
@@ -116,9 +127,11 @@ def test_the_vae_is_loaded_for_samples_when_the_denoiser_has_made_room_and_then_
 
     monkeypatch.setattr(DenoiserMemory, "away", away)
     monkeypatch.setattr(Runtime, "load_vae", load)
+    monkeypatch.setattr(Runtime, "_load_part", load_any)
     extra = ("--max_train_steps", "1", "--sample_prompts", str(tmp_path / "prompts.txt"))
     trainer = train(toy, pictures, tmp_path / "a", *extra)
     assert events == ["vae", "away", "vae", "back", "away", "vae", "back"] and trainer.runtime._vae is None
+    assert [name for name, _ in loaded][:3] == ["vae", "text_encoder", "denoiser"] and "text_encoder" not in beside[0]
     events.clear()
     train(toy, pictures, tmp_path / "b", *extra, "--highvram")
     assert events == ["vae", "vae"] and not events.count("away")
