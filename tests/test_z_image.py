@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,3 +203,18 @@ def test_the_prompt_is_what_the_real_chat_template_gives():
     message = [{"role": "user", "content": "a red fox"}]
     expected = tokenizer.apply_chat_template(message, add_generation_prompt=True, enable_thinking=True, tokenize=False)
     assert tokenizer.decode(ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "title", "warned"),
+    [
+        ("z_image_bf16.safetensors", None, "Z-Image", False),
+        ("z_image_turbo_bf16.safetensors", None, "Z-Image Turbo", True),
+        ("Z-Image-Turbo.safetensors", ["zimage_turbo_training_adapter_v1.safetensors"], "Z-Image Turbo", False),
+    ],
+)
+def test_turbo_is_known_by_its_name_and_wants_its_training_adapter(tmp_path, name, adapter, title, warned):
+    chosen = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path / name), base_weights=adapter)
+    family = FAMILY.resolved(chosen)
+    assert family.title == title and bool(family.advice(chosen)) == warned
+    assert ("sample_steps" in family.sampling) == (title != "Z-Image")

@@ -8,6 +8,8 @@ inside the model with learned pad tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.components import decoder, qwen3, vae_ldm
@@ -143,6 +145,23 @@ def decode_latents(vae: torch.nn.Module, latents: Tensor) -> Tensor:
     return vae_ldm.decode(vae, latents, SHIFT, SCALE)
 
 
+def variant_of(options: Any) -> Family:
+    """Turbo has the shapes of the base; the name of its file says which it is."""
+    from library.checkpoints import path_of
+
+    if "turbo" not in Path(path_of(DENOISER, options) or "").name.lower():
+        return Z_IMAGE
+    # Tongyi's example for Turbo: eight steps that end at the data, no guidance; the shift of its scheduler.
+    few = {"sample_steps": 8, "scale": 1.0, "flow_shift": 3.0}
+    return replace(Z_IMAGE, title="Z-Image Turbo", sampling=few, advice=distilled)
+
+
+def distilled(options: Any) -> tuple[str, ...]:
+    """Few-step models unlearn their few steps when they are trained as a flow."""
+    told = "Turbo loses its 8 steps in training; name its training adapter as --base_weights"
+    return () if options.base_weights else (f"{told}, or train a LoRA on the base model and use it on Turbo",)
+
+
 Z_IMAGE = Family(
     name="z_image",
     title="Z-Image",
@@ -166,6 +185,7 @@ Z_IMAGE = Family(
     architecture="z-image",
     base_model_version="z_image",
     resolution=1024,
+    variant_of=variant_of,
     text_widths=lambda denoiser: (denoiser["cap_feat_dim"],),
     released={"denoiser": "z_image", "vae": "vae_flux", "text_encoder": "te_qwen3_4b"},
 )
