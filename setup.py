@@ -36,6 +36,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "tensorboard>=2.16",
             "peft>=0.15",

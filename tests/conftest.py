@@ -29,7 +29,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if not outcomes:
+    if not outcomes or hasattr(session.config, "workerinput"):  # the process that shares out the tests sees them all
         return
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     if session.config.getoption("--record"):
