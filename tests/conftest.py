@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +24,16 @@ def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="write what the families' tests say to tests/results.json")
 
 
+def pytest_collection_modifyitems(items):
+    """What one process runs together: a file, whose fixtures are made once, and of the longest file each family."""
+    for item in items:
+        module, found = item.path.stem, re.search(r"\[(\w+)\]", item.name)
+        own = found[1] if module == "test_families" and found else ""
+        item.add_marker(pytest.mark.xdist_group(f"{module} {own}".strip()))
+
+
 def pytest_runtest_logreport(report):
-    found = re.fullmatch(r"tests/test_families\.py::test_(\w+)\[(\w+)\]", report.nodeid)
+    found = re.fullmatch(r"tests/test_families\.py::test_(\w+)\[(\w+)\](@.*)?", report.nodeid)  # @ and its group
     if found and (report.when == "call" or report.outcome != "passed"):
         outcomes.setdefault(found[2], {})[found[1]] = report.outcome
 

@@ -54,6 +54,7 @@ RULE = FrameRule(4, 1, 16.0, first_frame="possible")
 CONTINUES = replace(
     TOY_VIDEO, predict=predict, decode_latents=decode_latents, encode_item=encode_item, vary=vary,
     frames=RULE,
+    variant_of=None,
     sampling={"frame_count": 9, "sample_steps": 2},
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ def predict(denoiser, noisy, sigma, conds):
 
 TOY_VIDEO = replace(
     Z_IMAGE, name="toy_video", encode_image=encode_image, predict=predict, frames=FrameRule(4, 1, 16.0),
+    variant_of=None,
     encode_item=lambda vae, encoders, given: {"frames": torch.tensor(given.frames)},
 )  # fmt: skip
 
