@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items):
         module, found = item.path.stem, re.search(r"\[(\w+)\]", item.name)
         own = found[1] if module == "test_families" and found else ""
         item.add_marker(pytest.mark.xdist_group(f"{module} {own}".strip()))
+    items.sort(key=lambda item: item.path.stem != "test_memory_compiled")  # torch's compiler wants a fresh process
 
 
 def pytest_runtest_logreport(report):
