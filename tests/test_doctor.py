@@ -115,6 +115,36 @@ def test_every_damaged_file_is_named_at_once_and_the_others_are_trained_with_ski
     assert all(any(name in note for note in report.notes) for name in expected)
 
 
+def test_missing_and_empty_folders_and_lost_files_of_metadata_are_named_with_all_others(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (folder / "2.png").write_bytes(b"no")
+    lines = ({"image_path": str(folder / "0.png"), "caption": "here"}, {"image_path": "gone.png", "caption": "lost"})
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "broken.json").write_text("{")
+    others = [f"image_dir = '{tmp_path / name}'" for name in ("nowhere", "empty")]
+    others += [f"metadata_file = '{tmp_path / name}'" for name in ("list.jsonl", "broken.json", "none.json")]
+    more = "".join(f"[[datasets.subsets]]\n{one}\ncaption_extension = '.txt'\n" for one in others)
+    parts = {
+        "2.png": "header cannot be read", "nowhere": "no such folder", "empty": "there is no picture in it",
+        "gone.png": "gone.png is not found", "broken.json": "is not valid", "none.json": "No such file",
+    }  # fmt: skip
+    said = faults(folder, more)
+    assert set(said) == set(parts) and all(part in said[name] for name, part in parts.items()), said
+    with pytest.raises(DatasetError) as error:
+        examined(folder, more, collect=False)
+    assert str(error.value).startswith("6 files cannot be used") and error.value.exit_code == 3
+    report = examined(folder, more, collect=False, skip_bad=True).dataset.report
+    assert (report.found, report.trained, report.dropped) == (5, 3, {"cannot be used": 2})
+    assert all(any(name in note for note in report.notes) for name in parts)
+
+
+def test_where_nothing_remains_skip_bad_refuses_too(folder):
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no")
+    with pytest.raises(DatasetError, match="there is nothing to train on: found 3 files"):
+        examined(folder, collect=False, skip_bad=True)
+
+
 def test_masks_and_controls_that_are_damaged_missing_or_of_the_wrong_size(folder, tmp_path):
     beside = tmp_path / "beside"
     beside.mkdir()

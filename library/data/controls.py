@@ -35,8 +35,6 @@ class _Folder:
     """The control pictures of one folder by stem, and by the stem of the picture that a numbered one belongs to."""
 
     def __init__(self, folder: Path, index: Path | None) -> None:
-        if not folder.is_dir():
-            raise DatasetError(f"control_directory {folder}: no such folder")
         self.folder, self.used = folder, set()
         self.exact: dict[str, scan.Found] = {}
         self.numbered: dict[str, dict[int, scan.Found]] = {}
@@ -78,13 +76,18 @@ class _Folder:
 def attach(rows: list[scan.Found], subset: SubsetSpec, index_of: Callable[[Path], Path | None], report: Report) -> None:
     """Give every row the controls of the subset's folders. Rows that name their own keep them.
 
-    Faults: pictures without a control, gaps in numbers, a control that fits two pictures. Raises DatasetError for a
-    folder that is not there or holds a control twice.
+    Faults: pictures without a control or a folder of them, gaps in numbers, a control that fits two pictures. Raises
+    DatasetError for a folder that holds a control twice.
     """
     open_rows = [row for row in rows if not row.controls]
     stems = {Path(row.path).stem for row in rows}
     chosen = {id(row): [] for row in open_rows}
     for path in map(Path, subset.control_directory):
+        if not path.is_dir():
+            missing = f"control_directory {path}: no such folder"
+            for row in open_rows:
+                _fault(report, row, f"it has no control picture, {missing}", f"have no control picture, {missing}")
+            continue
         folder = _Folder(path, index_of(path))
         for row in open_rows:
             try:

@@ -203,7 +203,7 @@ def _settle_faults(report: Report, skip: bool, collect: bool) -> None:
         raise DatasetError(
             f"{sentence(report.faults)}; repair them, take them out, or go on without them with --skip_bad"
         )
-    report.drop("cannot be used", len(report.faults))
+    report.drop("cannot be used", sum(fault.counted for fault in report.faults))
     report.notes += [f"left out {fault.file}: {fault.reason}" for fault in report.faults if skip]
 
 

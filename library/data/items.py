@@ -70,10 +70,11 @@ class Fault:
     """A file that cannot be trained on, and why."""
 
     file: str
-    what: str  # "picture", "video": what it is
+    what: str  # "picture", "video", "folder": what it is
     reason: str  # "its caption 1.txt is empty"
     shared: str = ""  # where many files have the same fault: "have no control picture in before"
     hint: str = ""  # what to do about a shared one
+    counted: bool = True  # among the files that were found; a folder that holds none is not
 
 
 @dataclass

@@ -16,7 +16,7 @@ from library.errors import DatasetError
 def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
     """Pictures and videos of a metadata file, in its order. Raises DatasetError naming the file, the line, the picture.
 
-    What decoding a video shows is remembered in `index_folder`.
+    One whose file is not there has that as its problem. What decoding a video shows is remembered in `index_folder`.
     """
     path = Path(subset.metadata_file or "")
     if path.exists() and not path.is_file():  # a device has no end, and a pipe waits for somebody who writes
@@ -30,10 +30,10 @@ def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
     rows = [_found(key, entry, subset, path) for key, entry in _entries(text, path)]
     if not rows:
         raise DatasetError(f"metadata_file {path}: there is no picture and no video in it")
-    if any(map(_is_video, rows)):
+    if any(_is_video(row) for row in rows if not row.problem):
         from library.data.scan_videos import look_at
 
-        places = [n for n, row in enumerate(rows) if _is_video(row)]
+        places = [n for n, row in enumerate(rows) if not row.problem and _is_video(row)]
         for n, seen in zip(places, look_at([rows[n].path for n in places], index_folder), strict=True):
             seen.caption = rows[n].caption
             rows[n] = seen
@@ -74,7 +74,7 @@ def _found(key: Any, entry: dict[str, Any], subset: SubsetSpec, source: Path) ->
     path = _picture(key, folders, source)
     if path is None:
         where = f" in {' or '.join(folders)}" if folders else ""
-        raise DatasetError(f"metadata_file {source}: {key[:200]} is not found{where}")
+        return Found(key[:200], (0, 0), None, None, f"{key[:200]} is not found{where}, and {source} names it")
     caption, tags = (_text(entry, name, key, source) for name in ("caption", "tags"))
     stat = path.stat()
     found = Found(str(path), (stat.st_size, stat.st_mtime_ns), None, None)

@@ -29,18 +29,15 @@ def index_folder(folder: Path, options: Any) -> Path:
 def read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.Found]:
     """The pictures and videos of a subset with captions and controls; all files of it are counted as found.
 
-    Files that cannot be used are faults of the report. Raises DatasetError for a folder that holds nothing.
+    Files that cannot be used are faults of the report, and so is a folder or a metadata file that gives none.
     """
-    if subset.metadata_file:
-        from library.data.metadata_file import read_metadata
-
-        rows, what = read_metadata(subset, index_folder(subset.folder, options)), "file"
-    elif subset.video_directory:
-        from library.data import scan_videos
-
-        rows, what = _read_folder("video", scan.VIDEOS, scan_videos.scan_folder, subset, options, report), "video"
-    else:
-        rows, what = _read_folder("picture", scan.EXTENSIONS, scan.scan_folder, subset, options, report), "picture"
+    try:
+        rows, what = _listed(subset, options, report)
+    except DatasetError as error:
+        kind = "metadata file" if subset.metadata_file else "folder"
+        reason = str(error).removeprefix(f"metadata_file {subset.source}").lstrip(": ")  # its name stands before it
+        report.faults.append(Fault(subset.source, kind, reason, counted=False))
+        return []
     report.found += len(rows)
     for row in rows:
         row.problem = row.problem or report.bad.get(row.path, "")
@@ -53,17 +50,30 @@ def read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.F
     return [row for row in rows if not row.problem]
 
 
+def _listed(subset: SubsetSpec, options: Any, report: Report) -> tuple[list[scan.Found], str]:
+    """(all files of a subset, what they are). Raises DatasetError where it holds nothing."""
+    if subset.metadata_file:
+        from library.data.metadata_file import read_metadata
+
+        return read_metadata(subset, index_folder(subset.folder, options)), "file"
+    if subset.video_directory:
+        from library.data import scan_videos
+
+        return _read_folder("video", scan.VIDEOS, scan_videos.scan_folder, subset, options, report), "video"
+    return _read_folder("picture", scan.EXTENSIONS, scan.scan_folder, subset, options, report), "picture"
+
+
 def _read_folder(
     what: str, extensions: set[str], scan_folder: Any, subset: SubsetSpec, options: Any, report: Report
 ) -> list[scan.Found]:
     folder, key = subset.folder, "video_directory" if subset.video_directory else "image_dir"
     if not folder.is_dir():
-        raise DatasetError(f"{key} {folder}: no such folder")
+        raise DatasetError(f"there is no such folder ({key})")
     rows, others = scan_folder(folder, subset.caption_extension, index_folder(folder, options))
     if strange := sorted(name for name in others if Path(name).suffix not in KNOWN):
         report.notes.append(f"{folder}: {len(strange)} files are no {what}s ({', '.join(strange[:3])})")
     if not rows:
-        raise DatasetError(f"{key} {folder}: there is no {what} in it ({', '.join(sorted(extensions))})")
+        raise DatasetError(f"there is no {what} in it ({key}; {', '.join(sorted(extensions))})")
     return rows
 
 
