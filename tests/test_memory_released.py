@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from training_support import ROOT
@@ -28,6 +30,17 @@ def test_every_part_is_there_and_is_what_it_is_taken_for(name):
     assert not found[0].path.exists()
 
 
+def test_an_encoder_that_is_optional_is_planned_unless_the_others_are_named():
+    """SD3 is released with three text encoders; whoever names the two CLIPs alone trains without T5."""
+    given = option_machinery.parse("sd3", [*LORA, "--t5xxl_max_token_length", "77"], "test")
+    with released.completed(given) as (_, family, _):
+        assert [part.name for part in family.text_encoders] == ["clip_l", "clip_g", "t5xxl"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(released.write("te_clip_l", Path(folder)))
+        with released.completed(option_machinery.parse("sd3", [*LORA, "--clip_l", path], "test")) as (_, family, _):
+            assert [part.name for part in family.text_encoders] == ["clip_l", "clip_g"]
+
+
 @pytest.fixture(scope="module")
 def rows():
     """Name -> the cells of its row in docs/memory.md."""
@@ -35,9 +48,9 @@ def rows():
     return {name: [cell.strip() for cell in line.split("|")[1:-1]] for name, line in memory_table.rows_of(page).items()}
 
 
-def test_the_table_has_every_family(rows):
-    left = sorted(FAMILIES.keys() - rows.keys())
-    assert not left, f"python tools/memory_table.py {' '.join(left)}"
+def test_the_table_has_every_family_and_every_released_model(rows):
+    left = sorted(set(memory_table.names()) - rows.keys())
+    assert not left, f"python tools/memory_table.py {' '.join(map(repr, left))}"
     assert list(rows) == [name for name in memory_table.names() if name in rows]
 
 

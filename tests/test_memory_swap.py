@@ -129,6 +129,7 @@ def test_outputs_and_gradients_are_equal_to_the_bit_and_few_blocks_are_resident(
     plain.load_state_dict({k: v.clone() for k, v in plain.state_dict().items()})
     chosen = [model.blocks[i] for i in swap_plan.spread(7, count)]
     swap = BlockSwap(chosen, "cpu", ring=ring, collects=trained, checkpointed=checkpointed)
+    assert len(swap.slots) == min(ring, count)  # as the plan has it
     counts = watch(swap, list(model.blocks))
     if checkpointed:
         checkpoint_blocks(model, ["blocks"]), checkpoint_blocks(plain, ["blocks"])

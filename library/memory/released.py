@@ -30,7 +30,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "released"
 def index() -> dict[str, dict[str, Any]]:
     """ "families": name -> {part: list}; "variants": name -> its family, and what is not as in the family.
 
-    "options" in either: what the published file does not tell about itself.
+    "options" in either: what the published file does not tell about itself. "optional": encoders that a run has where
+    their file is given; a plan takes them where no text encoder is given.
     """
     return json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
 
@@ -78,7 +79,11 @@ def completed(options: Any, variant: str | None = None) -> Iterator[tuple[Any, F
             notes.append(f"{part.name}: no file is given, so the released model's size is taken ({name})")
             return options.replace(**{part.option: str(write(name, Path(folder)))})
 
+        named = [part for part in family.text_encoders if path_of(part, options)]
         options = complete(options, family.denoiser, usual | dict(family.released) | own)
+        for part in family.text_encoders:
+            if not named and part.name in usual.get("optional", ()):
+                options = complete(options, part, usual | own)
         family = family.resolved(options)  # which parts there are can depend on the denoiser
         for part in family.parts[1:]:
             options = complete(options, part, usual | dict(family.released) | own)

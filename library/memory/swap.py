@@ -108,7 +108,8 @@ class BlockSwap:
         self.device, self.checkpointed = torch.device(device), checkpointed
         self.blocks = [pack(module, number, pinned) for number, module in enumerate(modules)]
         size = max(block.host.numel() for block in self.blocks)
-        self.slots = [Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(ring)]
+        count = min(ring, len(self.blocks))  # more would only stand empty
+        self.slots = [Slot(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(count)]
         self.streams = Streams(self.device)
         self.follows: dict[tuple, Block] = {}  # the two blocks entered last -> the one that came next, last time
         self.last: tuple[Block | None, Block | None] = (None, None)
