@@ -13,13 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 from test_data import options
 from training_support import ROOT, arguments, pictures, toy, train  # noqa: F401
+from video_support import write_video
 
-from library.data import decoded, doctor, findings, images, scan
+from library.data import decoded, doctor, findings, images, scan, videos
 from library.errors import DatasetError
 from tools import check_dataset
 
@@ -324,6 +326,123 @@ def test_a_copy_on_the_other_side_of_the_validation_split_is_named(folder):
     assert crossing and {name[0] for name, _ in out["both sides"]} == crossing and len(out["same"]) == 3
 
 
+# ---------------------------------------------------------------- videos that are there twice
+
+
+def pan(seed: int) -> list[np.ndarray]:
+    """Forty frames of a camera that moves over a scene."""
+    wide = np.asarray(scene(seed, (192, 64)))
+    return [wide[:, 3 * n : 3 * n + 64] for n in range(40)]
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Three videos that are unlike each other, one of them another played backwards."""
+    target = tmp_path / "clips"
+    target.mkdir()
+    for name, frames in (("0", pan(0)), ("1", pan(1)), ("2", pan(0)[::-1])):
+        write_video(target / f"{name}.mp4", frames, crf="12")
+    return target
+
+
+def examined_videos(clips: Path, head=HEAD) -> doctor.Examined:
+    from test_videos import VIDEO
+
+    for path in clips.iterdir():
+        if path.suffix != ".txt" and not path.name.startswith("."):
+            path.with_suffix(".txt").write_text(f"a video {path.stem}", encoding="utf-8")
+    place = clips.parent / "videos.toml"
+    text = f"{head}[[datasets.subsets]]\nvideo_directory = 'clips'\ncaption_extension = '.txt'\n"
+    place.write_text(f"{text}target_frames = 5\nframe_extraction = 'chunk'\n", encoding="utf-8")
+    return doctor.examine(options(dataset_config=str(place)), VIDEO, 16, collect=True)
+
+
+def found_of_videos(clips: Path) -> dict[str, dict[str, str]]:
+    """kind -> file -> text, of what is there twice."""
+    return twice(examined_videos(clips))
+
+
+def twice(examined: doctor.Examined) -> dict[str, dict[str, str]]:
+    out: dict[str, dict[str, str]] = {}
+    for one in examined.findings:
+        out.setdefault(one.kind, {})[Path(one.file).name] = one.text
+    return {kind: own for kind, own in out.items() if kind in ("same", "alike", "both sides")}
+
+
+def remuxed(source: Path, target: Path) -> None:
+    """The same packets in another container."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+
+
+def test_videos_that_are_unlike_give_no_findings(clips):
+    assert found_of_videos(clips) == {}
+
+
+def test_exact_copies_of_a_video_are_found_whatever_their_container(clips):
+    (clips / "copy.mp4").write_bytes((clips / "0.mp4").read_bytes())
+    remuxed(clips / "0.mp4", clips / "box.mkv")
+    assert (clips / "box.mkv").read_bytes() != (clips / "0.mp4").read_bytes()
+    out = found_of_videos(clips)
+    assert set(out) == {"same"} and set(out["same"]) == {"copy.mp4", "box.mkv"}
+    assert all(text == f"as {clips}/0.mp4, with another caption" for text in out["same"].values())
+
+
+def test_copies_of_a_video_that_were_encoded_anew_resized_thinned_or_mirrored_are_found(clips):
+    frames = pan(0)
+    small = [np.asarray(Image.fromarray(one).resize((48, 48))) for one in frames]
+    write_video(clips / "anew.mp4", frames, crf="35")
+    write_video(clips / "small.avi", small, codec="mpeg4", b="2000000")
+    write_video(clips / "thinned.mp4", frames[::2], rate=15)
+    write_video(clips / "mirrored.mp4", [one[:, ::-1] for one in frames])
+    (clips / "still").mkdir()
+    for n, one in enumerate(frames):
+        Image.fromarray(one).save(clips / "still" / f"{n}.png")
+    out = found_of_videos(clips)
+    assert set(out) == {"alike"}
+    assert set(out["alike"]) == {"anew.mp4", "small.avi", "thinned.mp4", "mirrored.mp4", "still"}
+    assert "mirrored, correlation 0.99" in out["alike"]["mirrored.mp4"]
+
+
+def test_equal_folders_of_frames_are_the_same_video(clips):
+    for name in ("a", "b"):
+        (clips / name).mkdir()
+        for n, one in enumerate(pan(5)):
+            Image.fromarray(one).save(clips / name / f"{n}.png")
+    assert found_of_videos(clips) == {"same": {"b": f"as {clips}/a, with another caption"}}
+
+
+def test_a_copied_video_on_the_other_side_of_the_validation_split_is_named(clips):
+    for name, seed in (("0b", 0), ("1b", 1)):
+        write_video(clips / f"{name}.mp4", pan(seed), crf="30")
+    seen = set()
+    for seed in range(4):
+        one = examined_videos(clips, HEAD + f"validation_split = 0.4\nvalidation_seed = {seed}\n")
+        held, out = {item.path.stem for item in one.dataset.validation}, twice(one)
+        crossing = {k for k in "01" if (k in held) != (f"{k}b" in held)}
+        assert {name[0] for name in out["alike"]} == {"0", "1"}
+        assert {name[0] for name in out.get("both sides", {})} == crossing
+        seen |= {(k, k in crossing) for k in "01"}
+    assert {crossed for _, crossed in seen} == {True, False}
+
+
+def test_videos_are_decoded_once_and_an_index_without_their_looks_is_made_anew(clips, monkeypatch):
+    (clips / "copy.mp4").write_bytes((clips / "0.mp4").read_bytes())
+    first = found_of_videos(clips)
+    probed, real, index = [], videos.probe, clips / ".lorasmith" / "videos.json"
+    monkeypatch.setattr(videos, "probe", lambda path: probed.append(Path(path).name) or real(path))
+    assert found_of_videos(clips) == first and probed == []
+    old = json.loads(index.read_text())
+    old["head"].pop("recipe")
+    old["entries"] = {name: entry[:-2] for name, entry in old["entries"].items()}
+    index.write_text(json.dumps(old))
+    assert found_of_videos(clips) == first and sorted(probed) == ["0.mp4", "1.mp4", "2.mp4", "copy.mp4"]
+
+
 # ---------------------------------------------------------------- once
 
 
@@ -450,7 +569,7 @@ def test_a_run_looks_first_and_refuses_or_leaves_out(toy, folder, tmp_path, caps
         train(toy, data, tmp_path / "out", "--max_train_steps", "1")
     trainer = train(toy, data, tmp_path / "out", "--max_train_steps", "1", "--skip_bad")
     out = capsys.readouterr().out
-    assert "warning: 1 files are the same picture as another file: copy.png" in out and "left out" in out
+    assert "warning: 1 files are the same picture or video as another file: copy.png" in out and "left out" in out
     assert len(trainer.dataset.items) == 4
 
 

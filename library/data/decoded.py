@@ -27,9 +27,12 @@ from library.errors import DatasetError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from library.data.videos import Video
+
 INDEX = "decoded.json"
 RECIPE = 1  # raised when a look begins to see something else
 SIDE = 8  # of the thumbnails that are compared
+FRAMES = 4  # of a video, whose thumbnails are compared
 ANNOUNCED = 256 * 1024**2  # bytes of new files from which on a line says what takes the time
 WRITTEN = 10.0  # seconds between two states of the index
 PATIENCE = 60.0  # seconds without news after which a process no longer waits for the first one
@@ -51,7 +54,7 @@ class Look:
     low: int = 0  # the darkest and the brightest value of any channel
     high: int = 255
     content: str = ""  # hash of the pixels as shown: equal for equal pictures, however they are stored
-    thumbnail: str = ""  # SIDE x SIDE RGB bytes, base64
+    thumbnail: str = ""  # SIDE x SIDE RGB bytes, base64; of a video FRAMES of them, one below the other
 
 
 def look(path: str) -> Look:
@@ -71,7 +74,7 @@ def look(path: str) -> Look:
         return Look(scan.reason(path, cause, "it cannot be decoded"))
     size, transparent = (pixels.shape[1], pixels.shape[0]), bool(alpha.min() < 255)
     low, high = int(pixels.min()), int(pixels.max())
-    return Look("", size, facts[0], facts[1], transparent, facts[2], low, high, _digest(pixels), _thumbnail(pixels))
+    return Look("", size, facts[0], facts[1], transparent, facts[2], low, high, _digest(pixels), thumbnail(pixels))
 
 
 def _moves(file: Image.Image) -> bool:
@@ -84,7 +87,8 @@ def _digest(pixels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _thumbnail(pixels: np.ndarray) -> str:
+def thumbnail(pixels: np.ndarray) -> str:
+    """SIDE x SIDE RGB bytes of uint8 [H,W,3], base64. Such texts may be joined: their bytes are a multiple of three."""
     from PIL import Image
 
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -176,7 +180,25 @@ def safe_look(path: str) -> tuple[str, Look, bool]:
         return path, Look("there is not enough memory to decode it"), False
 
 
+def spread(count: int) -> list[int]:
+    """Numbers of FRAMES frames spread evenly over `count`: the first of equal parts, so that they stay the same ones
+    where every second is left out."""
+    return [k * count // FRAMES for k in range(FRAMES)]
+
+
+def look_of_video(video: Video, looks: Mapping[str, Look]) -> Look | None:
+    """What videos are compared by. Of a folder of frames it is made from the looks of these; None: one is damaged."""
+    if not video.names:
+        return Look("", video.size, content=video.content, thumbnail=video.thumbnail)
+    frames = [looks.get(str(Path(video.file) / name)) for name in video.names]
+    if any(one is None or one.problem for one in frames):
+        return None
+    content = hashlib.blake2b(" ".join(one.content for one in frames).encode(), digest_size=12).hexdigest()
+    shown = "".join(frames[n].thumbnail for n in spread(len(frames)))
+    return Look("", video.size, content=content, thumbnail=shown)
+
+
 def thumbnails(looks: list[Look]) -> np.ndarray:
-    """float32 [N,SIDE,SIDE,3], 0..255."""
+    """float32 [N,SIDE,SIDE,3], 0..255; of videos [N,FRAMES*SIDE,SIDE,3]."""
     raw = np.frombuffer(b"".join(base64.b64decode(one.thumbnail) for one in looks), np.uint8)
-    return raw.reshape(-1, SIDE, SIDE, 3).astype(np.float32)
+    return raw.reshape(len(looks), -1, SIDE, 3).astype(np.float32)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass
 class Examined:
     dataset: Dataset
-    looks: Mapping[str, Look] = field(default_factory=dict)  # of every picture, mask, control and frame
+    looks: Mapping[str, Look] = field(default_factory=dict)  # of every picture, mask, control and frame of a folder
     findings: list[Finding] = field(default_factory=list)
 
 

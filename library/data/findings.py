@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from library.data.captions import has_tags, variants
-from library.data.decoded import NAMES, Look, thumbnails
+from library.data.decoded import NAMES, Look, look_of_video, thumbnails
 from library.data.items import names
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ TITLES = {  # kind -> (how bad it is, what these files do)
     "tiny": (WARNING, "are very small"),
     "enlarged much": (WARNING, f"are enlarged more than {ENLARGED:g} times"),
     "cropped much": (WARNING, f"lose more than {CROPPED:.0%} to the crop"),
-    "same": (WARNING, "are the same picture as another file"),
+    "same": (WARNING, "are the same picture or video as another file"),
     "both sides": (WARNING, "are trained and, nearly the same, held out: validation will look too good"),
-    "alike": (WARNING, "are nearly the same as another picture"),
+    "alike": (WARNING, "are nearly the same as another picture or video"),
     "plain": (WARNING, "have one colour only"),
     "moves": (WARNING, "are animations, of which only the first picture is used"),
     "mask": (WARNING, "have a mask that leaves nothing to train"),
@@ -99,7 +99,11 @@ def find(dataset: Dataset, looks: Mapping[str, Look], cut: Mapping[str, str] | N
         if item.clip is None:
             found += _of_look(item, looks)
     pictures = [item for item in items if item.file in looks and not looks[item.file].problem]
-    found += _repeated(pictures, looks, {item.file for item in dataset.validation})
+    held_out = {item.file for item in dataset.validation}
+    found += _repeated(pictures, looks, held_out)
+    clips = [item for item in items if item.clip is not None]
+    moving = {item.file: one for item in clips if (one := look_of_video(item.clip.video, looks)) is not None}
+    found += _repeated([item for item in clips if item.file in moving], moving, held_out)
     found += _balance(dataset)
     order = {kind: n for n, kind in enumerate(TITLES)}
     return sorted(found, key=lambda one: order[one.kind])  # stable: within a kind in the order of the dataset
@@ -183,11 +187,11 @@ def _misread(text: str) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- pictures that are there twice
+# ---------------------------------------------------------------- pictures and videos that are there twice
 
 
 def _repeated(items: list[Item], looks: Mapping[str, Look], held_out: set[str]) -> Iterator[Finding]:
-    """Files with equal pixels, and pictures whose thumbnails correlate, mirrored ones too."""
+    """Files with equal content, and those whose thumbnails correlate, mirrored ones too."""
     same: dict[str, list[Item]] = defaultdict(list)
     for item in {os.path.realpath(item.file): item for item in items}.values():
         same[looks[item.file].content].append(item)
@@ -208,7 +212,7 @@ def _repeated(items: list[Item], looks: Mapping[str, Look], held_out: set[str]) 
 
 
 def alike(looks: list[Look]) -> Iterator[tuple[int, int, float, bool]]:
-    """(a, b, correlation, whether mirrored) with a < b: pairs of pictures that are nearly the same.
+    """(a, b, correlation, whether mirrored) with a < b: pairs of pictures, or of videos, that are nearly the same.
 
     Each b once, with the a that is most alike. Compared are thumbnails minus their mean, in blocks: memory stays
     bounded, and pictures whose mean values differ are not compared at all.

@@ -14,6 +14,7 @@ from library.data.scan import Found, Index
 from library.data.videos import Video
 
 INDEX = "videos.json"
+RECIPE = 2  # raised when more, or something else, is found out about a video
 ANNOUNCED = 256 * 1024**2  # bytes of new files from which on a line says what takes the time
 
 
@@ -46,7 +47,7 @@ def _has_pictures(folder: str) -> bool:
 
 def look_at(paths: list[str], index_folder: Path | None) -> list[Found]:
     """The facts of videos and folders of frames, from the index or by decoding; what is wrong is in `problem`."""
-    index = Index(index_folder, INDEX)
+    index = Index(index_folder, INDEX, recipe=RECIPE)
     found, new = [], []
     for path in paths:
         stat = os.stat(path)
@@ -104,13 +105,13 @@ def _to_json(video: Video) -> tuple:
     runs = [[step, len(list(same))] for step, same in groupby(steps)]
     first = list(video.ticks[:1])
     return (video.size, video.frames, str(video.fps) if video.fps else None, str(video.base), first, runs,
-            video.turn, video.remarks)  # fmt: skip
+            video.turn, video.remarks, video.content, video.thumbnail)  # fmt: skip
 
 
 def _from_json(path: str, values: Iterable) -> Video:
-    size, frames, fps, base, first, runs, turn, remarks = values
+    size, frames, fps, base, first, runs, turn, remarks, content, thumbnail = values
     ticks = list(first)
     for step, count in runs:
         ticks += range(ticks[-1] + step, ticks[-1] + step * count + 1, step)
     return Video(path, tuple(size), frames, Fraction(fps) if fps else None, Fraction(base), tuple(ticks), tuple(turn),
-                 (), tuple(remarks))  # fmt: skip
+                 (), tuple(remarks), content, thumbnail)  # fmt: skip
