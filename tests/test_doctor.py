@@ -555,7 +555,17 @@ def test_captions_are_measured_with_the_tokenizer_of_the_model(toy, folder, tmp_
     cuts = {Path(item["file"]).name: item["cut"] for item in said["items"]}
     assert said["captions_measured"] and cuts == {"0.png": "", "1.png": rest, "2.png": ""} and rest
     assert [one["kind"] for one in said["findings"]] == ["caption cut"]
+    longest = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    short = len(tokenizer("a scene 0", add_special_tokens=False)["input_ids"])
+    expected = {"longest": longest, "longest_file": str(folder / "1.png"), "median": short, "over": 1}
+    assert said["tokens"] == {"text_encoder": expected} and said["captions_unmeasured"] == ""
+    assert [item["tokens"] for item in said["items"]] == [{"text_encoder": n} for n in (short, longest, short)]
+    out = tool(monkeypatch, capsys, *words, "--html", tmp_path / "s.html")
+    line = f"  text_encoder: longest {longest} (1.png), median {short}, 1 longer than the model reads"
+    assert line in out.splitlines() and line in (tmp_path / "s.html").read_text(encoding="utf-8")
     assert "captions are not measured: give --tokenizer" in tool(monkeypatch, capsys, *words[:3])
+    said = json.loads(tool(monkeypatch, capsys, *words[:3], "--json"))
+    assert said["captions_unmeasured"].startswith("captions are not measured: give --tokenizer") and not said["tokens"]
 
 
 def test_a_run_looks_first_and_refuses_or_leaves_out(toy, folder, tmp_path, capsys):  # noqa: F811

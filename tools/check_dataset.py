@@ -8,7 +8,8 @@ Decodes every file once, in parallel, and remembers what it saw by size and time
 name what cannot be used and what is worth knowing: damaged, mislabelled, tiny, equal and nearly equal pictures, EXIF
 orientation, alpha, captions, masks, controls, how each picture is enlarged and cropped, what is seen how often. With
 --model_type (or the --config_file of a run) the rules of that model apply and captions are measured with its
-tokenizer. Other options are those of training. Exit code 3 if files cannot be used.
+tokenizers. Says which words all or nearly all captions share, and which captions lack one. Other options are those of
+training. Exit code 3 if files cannot be used.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: its inspect.py hides the standard one
 
 from library import options as option_machinery
-from library.data import findings
+from library.data import findings, wording
 from library.data.config import load_dataset_config
 from library.data.doctor import Examined, as_dict, examine
 from library.errors import ConfigError, DatasetError, run
@@ -66,22 +66,22 @@ def family_of(options: Options) -> Family | None:
     return family
 
 
-def caption_ends(examined: Examined, family: Family | None, options: Options) -> tuple[dict[str, str] | None, str]:
-    """(file -> the end of its caption that the model does not read, or None; why captions were not measured)."""
+def caption_lengths(examined: Examined, family: Family | None, options: Options) -> tuple[wording.Lengths | None, str]:
+    """(what the model's tokenizers make of the captions, or None; why captions were not measured)."""
     if family is None:
         return None, "captions are not measured: --model_type says what a model reads"
     from library.components.tokenizers import load_tokenizers, not_here
 
     if lacking := not_here(family, options):
         return None, f"captions are not measured: give --{lacking} a folder or a hub id"
-    tokenizers = load_tokenizers(family, options)
+    own = [part.name if where is part.tokenizer else where.option for where, part in family.tokenizers]
+    tokenizers = dict(zip(own, load_tokenizers(family, options), strict=True))
     items = (*examined.dataset.items, *examined.dataset.validation)
-    texts = {item.file: family.caption_text(findings.final_caption(item)) for item in items}
-    ends = {file: family.tokenize(tokenizers, text)[1] for file, text in texts.items()}
-    return {file: end for file, end in ends.items() if end}, ""
+    texts = {item.file: findings.final_caption(item) for item in items}
+    return wording.lengths(texts, tokenizers, family.tokenize, family.caption_text), ""
 
 
-def print_report(examined: Examined, unmeasured: str) -> None:
+def print_report(examined: Examined) -> None:
     data, own = examined.dataset, examined.findings
     print(data.print_table())
     print("seen in an epoch:")
@@ -94,29 +94,32 @@ def print_report(examined: Examined, unmeasured: str) -> None:
         if rows := [one for one in own if one.kind == kind]:
             print(f"{level}: {len(rows)} files {title}")
             print("\n".join(f"  {one.file}: {one.text}" for one in rows))
-    if unmeasured:
-        print(f"note: {unmeasured}")
+    for line in wording.lines(examined.words, examined.lengths):
+        print(line)
+    if examined.unmeasured:
+        print(f"note: {examined.unmeasured}")
 
 
 def check(given: argparse.Namespace, options: Options) -> dict[str, Any]:
     family = family_of(options)
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if given.json else print
     examined = examine(options, family, family.pixel_multiple if family else PIXELS, collect=True, say=say)
-    cut, unmeasured = caption_ends(examined, family, options)
-    if cut:
-        examined.findings = findings.find(examined.dataset, examined.looks, cut)
-    out: Mapping[str, Any] = as_dict(examined, cut)
+    examined.words = wording.of_dataset(examined.dataset)
+    examined.lengths, examined.unmeasured = caption_lengths(examined, family, options)
+    if examined.lengths and examined.lengths.ends:
+        examined.findings = findings.find(examined.dataset, examined.looks, examined.lengths.ends)
+    out = as_dict(examined)
     if given.json:
         print(json.dumps(out, ensure_ascii=False, indent=1))
     else:
-        print_report(examined, unmeasured)
+        print_report(examined)
     if given.html is not None:
         from library.data import contact_sheet
 
         path = Path(given.html or f"{Path(given.dataset).stem}-check.html")
-        pages = contact_sheet.write(path, examined, cut)
+        pages = contact_sheet.write(path, examined)
         say(f"contact sheet: {', '.join(map(str, pages))}")
-    return dict(out)
+    return out
 
 
 def main() -> None:

@@ -62,6 +62,11 @@ def variants(raw: str, subset: SubsetSpec) -> list[str]:
     return [*out, ""] if subset.caption_dropout_rate or subset.caption_dropout_every_n_epochs else out
 
 
+def whole(raw: str, subset: SubsetSpec) -> str:
+    """The caption with all of its tags in the order of the file; of wildcards one choice."""
+    return make_caption(raw, WholeView(subset), random.Random(0), 0, 0, 1)  # type: ignore[arg-type]
+
+
 class SubsetView:
     """A subset with caption dropout off."""
 
@@ -73,6 +78,14 @@ class SubsetView:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._subset, name)
+
+
+class WholeView(SubsetView):
+    """And with nothing shuffled, dropped or held back."""
+
+    shuffle_caption = False
+    caption_tag_dropout_rate = 0.0
+    token_warmup_step = 0
 
 
 def _wildcards(text: str, rng: random.Random) -> str:

@@ -10,14 +10,13 @@ import html
 import io
 import random
 from collections import defaultdict
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from library.data import findings, images
+from library.data import findings, images, wording
 from library.data.findings import TITLES, Geometry
 from library.errors import DatasetError, DiskError
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from library.data.doctor import Examined
     from library.data.findings import Finding
     from library.data.items import Item
+    from library.data.wording import Lengths
 
 SIDE = 220  # pixels of a thumbnail's longer side
 A_PAGE = 400  # items; more go to further pages
@@ -35,12 +35,9 @@ img{max-width:100%;background:#eee}.facts{color:#666;font-size:12px}.warning{col
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def write(path: Path, examined: Examined, cut: Mapping[str, str] | None = None) -> list[Path]:
-    """`path`, and `<name>-2.html`, ... where one page is not enough; returns all. Raises DiskError.
-
-    `cut`: file -> the end of its caption that the model does not read.
-    """
-    data = examined.dataset
+def write(path: Path, examined: Examined) -> list[Path]:
+    """`path`, and `<name>-2.html`, ... where one page is not enough; returns all. Raises DiskError."""
+    data, lengths = examined.dataset, examined.lengths
     items = (*data.items, *data.validation)
     about: dict[str, list[Finding]] = defaultdict(list)
     for one in examined.findings:
@@ -50,9 +47,7 @@ def write(path: Path, examined: Examined, cut: Mapping[str, str] | None = None) 
     held_out = {id(item) for item in data.validation}
     for page, part in zip(paths, parts, strict=True):
         with ThreadPoolExecutor(4) as pool:
-            cards = list(
-                pool.map(lambda i: _card(i, about[i.file], id(i) in held_out, (cut or {}).get(i.file, "")), part)
-            )
+            cards = list(pool.map(lambda i: _card(i, about[i.file], id(i) in held_out, lengths), part))
         head = _head(examined) if page is path else ""
         text = _page(path.stem, head, cards, [other.name for other in paths if len(paths) > 1])
         try:
@@ -74,7 +69,8 @@ def _page(title: str, head: str, cards: list[str], pages: list[str]) -> str:
 
 def _head(examined: Examined) -> str:
     e, data = html.escape, examined.dataset
-    parts = [f"<pre>{e(data.print_table())}</pre>"]
+    text = "\n".join((data.print_table(), *wording.lines(examined.words, examined.lengths)))
+    parts = [f"<pre>{e(text)}</pre>"]
     if faults := list(dict.fromkeys(data.report.faults)):
         rows = "".join(f"<li>{e(one.file)}: {e(one.reason)}</li>" for one in faults)
         parts.append(f"<h2 class='warning'>{len(faults)} files cannot be used</h2><ul>{rows}</ul>")
@@ -86,13 +82,15 @@ def _head(examined: Examined) -> str:
     return "".join(parts)
 
 
-def _card(item: Item, about: list[Finding], held_out: bool, cut: str) -> str:
+def _card(item: Item, about: list[Finding], held_out: bool, lengths: Lengths | None) -> str:
     e, facts, place = html.escape, Geometry.of(item), item.placement
     level = "warning" if any(one.level == findings.WARNING for one in about) else ""
     sizes = f"{_size(item.size)} &rarr; {_size(place.resized)} &rarr; {_size(item.bucket)} at {place.left},{place.top}"
     said = [sizes, f"scaled {facts.scale:.2f}", f"{facts.lost:.0%} cut off", f"repeats {item.repeats}"]
     said += ["held out"] if held_out else []
     said += ["tags are shuffled or dropped"] if findings.is_shuffled(item) else []
+    said += [f"{n} tokens ({e(name)})" for name, n in lengths.tokens[item.file].items()] if lengths else []
+    cut = lengths.ends.get(item.file, "") if lengths else ""
     caption = e(findings.final_caption(item)) + (f" <mark>not read: {e(cut)}</mark>" if cut else "")
     notes = "".join(f"<div class='{one.level}'>{e(one.kind)}: {e(one.text)}</div>" for one in about)
     return (

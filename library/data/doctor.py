@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.data import findings
+from library.data import findings, wording
 from library.data.dataset import Dataset, prepare
 from library.data.decoded import Look, look_at
 from library.data.findings import Finding
@@ -25,6 +25,9 @@ class Examined:
     dataset: Dataset
     looks: Mapping[str, Look] = field(default_factory=dict)  # of every picture, mask, control and frame of a folder
     findings: list[Finding] = field(default_factory=list)
+    lengths: wording.Lengths | None = None  # of the captions; None = not measured
+    unmeasured: str = ""  # why not
+    words: list[wording.Coverage] = field(default_factory=list)  # only where they were asked for
 
 
 def examine(
@@ -87,9 +90,9 @@ def _problems(items: tuple[Item, ...], looks: Mapping[str, Look]) -> dict[str, s
     return bad
 
 
-def as_dict(examined: Examined, cut: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Everything, for machines. `cut`: file -> the end of its caption that is not read; None = not measured."""
-    data, report = examined.dataset, examined.dataset.report
+def as_dict(examined: Examined) -> dict[str, Any]:
+    """Everything, for machines."""
+    data, report, lengths = examined.dataset, examined.dataset.report, examined.lengths
     return {
         "found": report.found,
         "trained": report.trained,
@@ -100,24 +103,28 @@ def as_dict(examined: Examined, cut: Mapping[str, str] | None = None) -> dict[st
         "findings": [
             {"kind": one.kind, "level": one.level, "file": one.file, "text": one.text} for one in examined.findings
         ],
-        "captions_measured": cut is not None,
+        "captions_measured": lengths is not None,
+        "captions_unmeasured": examined.unmeasured,
+        "tokens": lengths.summary() if lengths else {},
+        "words": [wording.as_dict(one) for one in examined.words],
         "subsets": {
             source: {"files": files, "items_an_epoch": count} for source, (files, count) in findings.seen(data).items()
         },
         "items": [
-            *(_item(item, False, cut) for item in data.items),
-            *(_item(item, True, cut) for item in data.validation),
+            *(_item(item, False, lengths) for item in data.items),
+            *(_item(item, True, lengths) for item in data.validation),
         ],
     }
 
 
-def _item(item: Item, held_out: bool, cut: Mapping[str, str] | None) -> dict[str, Any]:
+def _item(item: Item, held_out: bool, lengths: wording.Lengths | None) -> dict[str, Any]:
     place, facts = item.placement, findings.Geometry.of(item)
     return {
         "file": item.file,
         "caption": findings.final_caption(item),
         "caption_changes": findings.is_shuffled(item),
-        "cut": (cut or {}).get(item.file, ""),
+        "cut": lengths.ends.get(item.file, "") if lengths else "",
+        "tokens": dict(lengths.tokens[item.file]) if lengths else {},
         "size": list(item.size),
         "resized": list(place.resized),
         "crop": [place.left, place.top, *place.bucket],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from library.data.captions import has_tags, variants
+from library.data.captions import has_tags, whole
 from library.data.decoded import NAMES, Look, look_of_video, thumbnails
 from library.data.items import names
 
@@ -273,7 +273,7 @@ def _balance(dataset: Dataset) -> Iterator[Finding]:
 
 def final_caption(item: Item) -> str:
     """As it is trained without shuffling and dropout."""
-    return variants(item.caption, item.subset)[0]
+    return whole(item.caption, item.subset)
 
 
 def is_shuffled(item: Item) -> bool:
