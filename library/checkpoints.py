@@ -207,9 +207,9 @@ def rows_of(part: Part, name: str, shapes: Mapping[str, Shape]) -> list[Row]:
 
 def layout_of(part: Part, name: str, shapes: Mapping[str, Shape]) -> Layout:
     """A part's layout for a model with these parameters."""
-    other = part.kohya if part.kohya and name == next(iter(part.layouts)) else ""
-    kohya = Layout(other, rows_of(part, other, shapes), shapes) if other else None
-    return Layout(name, rows_of(part, name, shapes), shapes, kohya)
+    others = (part.kohya, *part.also) if name == next(iter(part.layouts)) else ("",)
+    kohya, *also = [Layout(other, rows_of(part, other, shapes), shapes) if other else None for other in others]
+    return Layout(name, rows_of(part, name, shapes), shapes, kohya, tuple(also))
 
 
 def identity_rows(shapes: Mapping[str, Shape]) -> list[Row]:

@@ -108,6 +108,7 @@ class Layout:
     rows: Sequence[Row]
     shapes: Mapping[str, Shape]
     other: Layout | None = None  # the same model in the names of sd-scripts' LoRA files, where they are others
+    also: tuple[Layout, ...] = ()  # in names that LoRA files may have as well, which are only read
     entries: tuple[Entry, ...] = field(init=False)
 
     def __post_init__(self) -> None:

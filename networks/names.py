@@ -130,7 +130,17 @@ def places_of(space: Space) -> dict[str, Place]:
             older = module.replace(".to_", ".processor.to_").removesuffix(".0") if ".to_" in module else module
             for spelling in (module, module.replace(".", "_"), older, *others):
                 found.setdefault(spelling, place)
-    return found
+    return _also(layout, {entry.ours: name for name, entry in matrices}, found) | found
+
+
+def _also(layout: Layout, names: Mapping[tuple[str, ...], str], found: Mapping[str, Place]) -> dict[str, Place]:
+    """The places under the names that are only read: a module of them is a whole original one or one of ours."""
+    more = {}
+    for name, entry in (pair for other in layout.also for pair in other.their_modules.items()):
+        same = names.get(entry.ours, entry.ours[0].removesuffix(".weight"))
+        if same in found:  # a norm is not
+            more |= {name: found[same], name.replace(".", "_"): found[same]}
+    return more
 
 
 class Finder:

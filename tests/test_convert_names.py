@@ -40,7 +40,8 @@ def wanted(weight, encoders: dict[str, str]) -> str:
 @pytest.mark.parametrize(
     ("family", "size", "count"),
     [("sdxl", "sdxl", 5564), ("flux", "flux", 2700), ("qwen_image", "qwen_image", 4230),
-     ("hunyuan_image", "hunyuan_image", 686), ("wan", "wan_t2v_14b", 814)],
+     ("hunyuan_image", "hunyuan_image", 686), ("hunyuan_video_15", "hunyuan_video_15", 2246),
+     ("wan", "wan_t2v_14b", 814)],
 )  # fmt: skip
 def test_every_name_that_comfyui_takes_is_read_as_the_same_rows_of_the_same_weight(family, size, count):
     names, oracle, read = names_of(family, size), read_json(f"lora_keys/{size}"), 0

@@ -370,3 +370,117 @@ def test_every_module_of_the_released_model_has_comfyuis_name_in_both_of_its_for
     for form in ("comfy", "kohya"):
         stems = {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in formats.write(modules, form, layout)}
         assert len(stems) == 20 and stems <= accepted_stems("hunyuan_video_15"), form
+
+
+# ---------------------------------------------------------------- LoRA files of musubi-tuner
+
+# The Linear layers of a block of its model, all of which its networks.lora_hv_1_5 trains, and what each is of: the
+# module in Tencent's names with q, k and v in one, the module in ComfyUI's, which third of the rows.
+MUSUBI = {
+    f"{stream}_{name}": (f"{stream}_{tencents}", f"{stream}_{comfyuis}", third)
+    for stream in ("img", "txt")
+    for name, tencents, comfyuis, third in (
+        ("mod_linear", "mod.linear", "mod.lin", None),
+        ("attn_q", "attn_qkv", "attn.qkv", 0),
+        ("attn_k", "attn_qkv", "attn.qkv", 1),
+        ("attn_v", "attn_qkv", "attn.qkv", 2),
+        ("attn_proj", "attn_proj", "attn.proj", None),
+        ("mlp_fc1", "mlp.fc1", "mlp.0", None),
+        ("mlp_fc2", "mlp.fc2", "mlp.2", None),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def musubi(toy, tmp_path_factory):
+    """(a LoRA as musubi-tuner writes it: rank 3, alpha 2; the toy's weights with it, added by hand)."""
+    merged, lora = load_file(toy.with_name("denoiser.safetensors")), {}
+    generator = torch.Generator().manual_seed(11)
+    for key in [k for k in merged if k.startswith("double_blocks.") and k.endswith("img_mod.linear.weight")]:
+        block = key.split(".")[1]
+        for name, (module, _, third) in MUSUBI.items():
+            weight = merged[f"double_blocks.{block}.{module}.weight"]
+            rows = weight if third is None else weight.chunk(3)[third]
+            down = torch.randn(3, rows.shape[1], generator=generator)
+            up = torch.randn(len(rows), 3, generator=generator) / 8
+            rows += 2 / 3 * (up @ down)
+            stem = f"lora_unet_double_blocks_{block}_{name}"
+            lora |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}
+    path = tmp_path_factory.mktemp("musubi") / "musubi.safetensors"
+    save_file(lora, path)
+    return path, merged
+
+
+def weights_in_the_files_names(denoiser):
+    shapes = {key: tuple(value.shape) for key, value in denoiser.state_dict().items()}
+    return checkpoints.layout_of(DENOISER, "original", shapes).to_theirs(denoiser.state_dict())
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(relative(ours[k], theirs[k]) < 1e-5 for k in ours)
+
+
+def test_a_video_is_made_with_musubi_tuners_lora(toy, musubi):
+    path, merged = musubi
+    studio = studio_of("hunyuan_video_15", [*words_of(toy), "--lora_weight", str(path)])
+    assert same(weights_in_the_files_names(studio.denoiser), merged)
+    assert not same(load_file(toy.with_name("denoiser.safetensors")), merged)
+
+
+@pytest.mark.parametrize("way", ["--dim_from_weights", "split_qkv=True", "neither"])
+def test_training_goes_on_from_musubi_tuners_lora(toy, musubi, clips, tmp_path, way):
+    """Its adapters of q, k and v are one of three times the rank, or with `split_qkv` stay three."""
+    path, merged = musubi
+    lines = [line for line in toy.read_text(encoding="utf-8").splitlines() if not line.startswith("network_")]
+    bare = toy.with_name("no_network.toml")
+    bare.write_text("\n".join(lines), encoding="utf-8")
+    words = ["--network_module", "networks.lora_hv_1_5", "--network_weights", str(path)]
+    words += [way] if way.startswith("--") else ["--network_dim", "3"]
+    words += ["--network_args", way] if "=" in way else []
+    trainer = trainer_of("hunyuan_video_15", bare, clips, tmp_path, *words)
+    if way == "neither":
+        with pytest.raises(ConfigError, match=r"rank 9 \(3 separate adapters side by side\), the network's is 3"):
+            trainer.setup()
+        return
+    trainer.setup()
+    trainer.network.merge(1.0)
+    assert same(weights_in_the_files_names(trainer.denoiser), merged)
+
+
+@pytest.mark.parametrize("to", ["comfy", "kohya", "diffusers"])
+def test_musubi_tuners_lora_is_converted_to_names_that_others_read(toy, musubi, tmp_path, to):
+    from tools.convert import convert
+
+    path, merged = musubi
+    base = toy.with_name("denoiser.safetensors")
+    said = convert(path, tmp_path / "lora.safetensors", to, base=base, dtype="float32")
+    written = load_file(tmp_path / "lora.safetensors")
+    assert f"{len(written)}/{len(written)} keys match" in said and "the same update in every module" in said
+    if to != "diffusers":
+        assert {k.rsplit(".lora_", 1)[0].removesuffix(".alpha") for k in written} <= accepted_stems("hunyuan_video_15")
+    studio = studio_of("hunyuan_video_15", [*words_of(toy), "--lora_weight", str(tmp_path / "lora.safetensors")])
+    assert same(weights_in_the_files_names(studio.denoiser), merged)
+
+
+def test_every_module_of_musubi_tuners_full_size_lora_is_the_rows_of_comfyuis_file(tmp_path):
+    """It is known without the model's files; ComfyUI itself knows only the attention's last layers in it."""
+    from library.fingerprints import identify_path
+    from tools.convert import find
+
+    shapes = {key: tuple(shape) for key, shape in read_json("layouts/hunyuan_video_15")["keys"].items()}
+    lora, known = {}, accepted_stems("hunyuan_video_15")
+    for block in range(54):
+        for name, (tencents, comfyuis, third) in MUSUBI.items():
+            out, inner = shapes[f"double_blocks.{block}.{tencents}.weight"]
+            up = torch.ones(out // (1 if third is None else 3), 1)
+            stem = f"lora_unet_double_blocks_{block}_{name}"
+            lora |= {f"{stem}.lora_down.weight": torch.ones(1, inner), f"{stem}.lora_up.weight": up * (third or 0) + up}
+            assert f"diffusion_model.double_blocks.{block}.{comfyuis}" in known
+            assert (stem in known) == name.endswith("attn_proj")
+    family, _, modules = find(lora, tmp_path, None, [])
+    assert family is FAMILY and len(modules) == 54 * 10
+    content = modules["double_blocks.53.txt_attn.qkv"]  # equal down matrices stay one
+    assert torch.equal(content["up"], torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(2048)[:, None])
+    save_file(lora, tmp_path / "lora.safetensors")
+    found = identify_path(tmp_path / "lora.safetensors")
+    assert (found.kind, found.family) == ("lora", "hunyuan_video_15") and not found.unmatched

@@ -113,6 +113,7 @@ class Part:
     # Modules of ours that lie in another folder of a diffusers repository: (beginning of their names, folder)
     apart: tuple[tuple[str, str], ...] = ()
     kohya: str = ""  # the layout whose names sd-scripts' LoRA files have, if it is not the first one
+    also: tuple[str, ...] = ()  # more layouts whose names LoRA files may have, which are read and never written
     high_precision: tuple[str, ...] = ()  # parts of ORIGINAL names of Linear weights that quantisation leaves alone
     precision_options: str = ""  # of a text encoder, "vl", "t5" or "llm": --fp8_<this> and --nf4_<this> quantise it
 

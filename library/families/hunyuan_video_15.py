@@ -103,6 +103,7 @@ DENOISER = Part(
     build=build,
     prefixes=("", "model.diffusion_model.", "diffusion_model.", "model.model."),
     diffusers_folder="transformer",
+    also=("original", "split"),  # ComfyUI takes the first's, musubi-tuner writes the second's
     high_precision=hunyuan.MODULATION,
     stated=STATED,
 )
@@ -206,7 +207,7 @@ def variant_of(options: Any) -> Family:
             f"--image_encoder {options.image_encoder} has no effect: {path} is used for text to video; remove it, or "
             "add --task i2v"
         )
-    # Tencent's own settings of each model; its distilled ones are sampled without guidance.
+    # "Optimal Inference Configurations" of the README in Tencent-Hunyuan/HunyuanVideo-1.5.
     shift = 7.0 if steps else {480: 5.0, 720: 9.0 if task == "t2v" else 7.0}[lines]
     sampling = HUNYUAN_VIDEO_15.sampling | {"flow_shift": shift}
     if steps or is_distilled:
