@@ -5,12 +5,14 @@ Preparing reads headers and captions only and imports no torch. The order is a p
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +141,19 @@ class Dataset:
         return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: its walks over tens of thousands of new records cost a tenth of preparing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_uncollected()
 def prepare(
     options: Any, family: Any, pixel_multiple: int, *, bad: Mapping[str, str] | None = None, collect: bool = False
 ) -> Dataset:
@@ -360,9 +375,9 @@ def _check_frames(items: Iterable[Item], family: Any) -> None:
 
 
 def _place_controls(items: Iterable[Item], unit: int, published: Callable | None) -> None:
-    for item in items:
+    for item in (item for item in items if item.controls):
         area = item.subset.control_resolution
-        if item.controls and area and min(area) < unit:
+        if area and min(area) < unit:
             raise ConfigError(f"control_resolution {area[0]}x{area[1]} is below {unit}, which this model needs")
         item.control_placements = tuple(
             controls.placement(size, item.placement.bucket, item.subset, unit, published) for size in item.control_sizes

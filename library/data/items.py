@@ -52,7 +52,7 @@ class Item:
     @property
     def control_buckets(self) -> tuple[tuple[int, int], ...]:
         """Sides of the control pictures; equal ones in a batch, too."""
-        return tuple(placement.bucket for placement in self.control_placements)
+        return tuple([placement.bucket for placement in self.control_placements]) if self.control_placements else ()
 
 
 @dataclass

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +28,9 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".gif"}
 LONGEST = 1024**2  # bytes of a caption file
 INDEX = "scan.json"
-HEAD = 64  # bytes that are enough for the formats with a fixed header
+HEAD = 1024  # bytes: in most PNG files the pixels begin within them
+PNG = b"\x89PNG\r\n\x1a\n"
+_ENDINGS = {extension[1:] for extension in EXTENSIONS}
 
 
 @dataclass(slots=True)
@@ -49,51 +51,50 @@ def scan_folder(
 
     Without a caption extension no captions are read.
     """
-    entries: dict[str, os.DirEntry] = {}
+    entries: list[tuple[str, str, os.DirEntry]] = []  # name, stem, entry
     captions: dict[str, os.DirEntry] = {}
     others = []
     with os.scandir(folder) as listing:
         for entry in listing:
-            _, _, extension = entry.name.rpartition(".")  # os.path.splitext costs three times as much
-            if "." + extension.lower() in EXTENSIONS:
-                entries[entry.name] = entry
-            elif caption_extension and entry.name.endswith(caption_extension):
-                captions[entry.name[: -len(caption_extension)]] = entry
-            elif not entry.name.startswith(".") and entry.is_file():
-                others.append(entry.name)
+            name = entry.name
+            stem, _, extension = name.rpartition(".")  # os.path.splitext costs three times as much
+            if extension in _ENDINGS or extension.lower() in _ENDINGS:
+                entries.append((name, stem, entry))
+            elif caption_extension and name.endswith(caption_extension):
+                captions[name[: -len(caption_extension)]] = entry
+            elif not name.startswith(".") and entry.is_file():
+                others.append(name)
+    entries.sort()
     index = Index(index_folder, INDEX, folder=str(folder.resolve()), extension=caption_extension)
-    found = [_one(entries[name], captions, index) for name in sorted(entries)]
+    known, text_of = index.known.get, captions.get
+    found = [_one(entry, text_of(stem), known(name), index) for name, stem, entry in entries]
     index.write()
     return found, others
 
 
-def _one(entry: os.DirEntry, captions: dict[str, os.DirEntry], index: Index) -> Found:
-    text_entry = captions.get(entry.name.rpartition(".")[0])
+def _one(entry: os.DirEntry, text_entry: os.DirEntry | None, known: list | None, index: Index) -> Found:
+    """A picture with its caption; `known` is what the index says of it: [key, width, height, caption]."""
     try:
         facts = entry.stat()
-        text_stat = text_entry.stat() if text_entry else None
+        size, time = facts.st_size, facts.st_mtime_ns
+        text_size, text_time = -1, -1
+        if text_entry is not None:
+            text = text_entry.stat()
+            text_size, text_time = text.st_size, text.st_mtime_ns
     except OSError as error:  # a link to nothing
         name = Path(error.filename or entry.name).name
         return Found(entry.path, (0, 0), None, None, f"{name} cannot be read ({error.strerror or error})")
-    key = (
-        facts.st_size,
-        facts.st_mtime_ns,
-        text_stat.st_size if text_stat else -1,
-        text_stat.st_mtime_ns if text_stat else -1,
-    )
-    known = index.get(entry.name, key)
-    if known is not None:
-        width, height, caption = known
-        return Found(entry.path, key[:2], (width, height), caption)
-    found = Found(entry.path, key[:2], None, None)
-    found.size, found.problem = size_of(entry.path)
+    if known and known[0] == [size, time, text_size, text_time]:
+        return Found(entry.path, (size, time), (known[1], known[2]), known[3])
+    found = Found(entry.path, (size, time), None, None)
+    found.size, found.problem = size_of(entry.path, facts.st_mode)
     if found.problem:
         return found
     if text_entry:
         found.caption, found.problem = read_caption(text_entry)
         if found.problem:
             return found
-    index.put(entry.name, key, (*found.size, found.caption))
+    index.put(entry.name, (size, time, text_size, text_time), (*found.size, found.caption))
     return found
 
 
@@ -104,8 +105,8 @@ def read_caption(entry: os.DirEntry) -> tuple[str | None, str]:
             return None, f"its caption {entry.name} is no regular file"
         if entry.stat().st_size > LONGEST:
             return None, f"its caption {entry.name} has {entry.stat().st_size:,} bytes, which is no caption"
-        with open(entry.path, "rb") as file:
-            return file.read().decode("utf-8-sig").strip(), ""
+        with open(entry.path, "rb", buffering=0) as file:
+            return file.readall().decode("utf-8-sig").strip(), ""
     except UnicodeDecodeError as error:
         return None, f"its caption {entry.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
     except OSError as error:
@@ -141,7 +142,8 @@ class Index:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "w", encoding="utf-8") as file:
-                json.dump({"head": self.head, "entries": self.known}, file, ensure_ascii=False, separators=(",", ":"))
+                content = {"head": self.head, "entries": self.known}
+                file.write(json.dumps(content, ensure_ascii=False, separators=(",", ":")))  # `dump` is in Python
             os.replace(partial, self.path)
         except OSError:  # a read-only folder of pictures: the next start reads the headers again
             partial.unlink(missing_ok=True)
@@ -160,10 +162,12 @@ def opened(path: str | os.PathLike) -> Image.Image:
     return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
-def size_of(path: str) -> tuple[tuple[int, int] | None, str]:
-    """(width, height) as shown, or None; and what is wrong with the file."""
+def size_of(path: str, mode: int | None = None) -> tuple[tuple[int, int] | None, str]:
+    """(width, height) as shown, or None; and what is wrong with the file. `mode`: its `st_mode`, if that is known."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for somebody who writes into it
+        if not stat.S_ISREG(
+            os.stat(path).st_mode if mode is None else mode
+        ):  # a pipe would wait for somebody who writes into it
             return None, "it is no regular file"
         return picture_size(path), ""
     except MemoryError:
@@ -190,30 +194,37 @@ def reason(path: str, error: Exception, what: str) -> str:
 
 def picture_size(path: str) -> tuple[int, int]:
     """(width, height) as shown. A PNG's from its fixed header; the others through PIL, with EXIF orientation."""
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         head = file.read(HEAD)
-    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR" and not _png_may_turn(path):
-        width, height = struct.unpack(">II", head[16:24])
-        if not width or not height:
-            raise ValueError("a size of 0")
-        return width, height
+        if head[:8] == PNG and head[12:16] == b"IHDR" and not _png_may_turn(file, head):
+            width, height = struct.unpack_from(">II", head, 16)
+            if not width or not height:
+                raise ValueError("a size of 0")
+            return width, height
     with opened(path) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange width and height
         return (image.height, image.width) if turned else image.size
 
 
-def _png_may_turn(path: str) -> bool:
-    """Whether a PNG has a chunk before its pixels that may hold an orientation; chunks are skipped by their lengths."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"IDAT":
-                return False
-            if kind in (b"eXIf", b"iTXt"):  # the latter may be XMP, which can say it, too
-                return True
-            file.seek(length + 4, os.SEEK_CUR)
-    raise ValueError("it ends before its pixels begin")
+def _png_may_turn(file: BinaryIO, head: bytes) -> bool:
+    """Whether a PNG has a chunk before its pixels that may hold an orientation; chunks are skipped by their lengths.
+
+    `head` are the file's first bytes; more is read only where the pixels begin after them.
+    """
+    at = 8
+    while True:
+        chunk = head[at : at + 8]
+        if len(chunk) < 8:
+            file.seek(at)
+            chunk = file.read(8)
+            if len(chunk) < 8:
+                raise ValueError("it ends before its pixels begin")
+        length, kind = struct.unpack(">I4s", chunk)
+        if kind == b"IDAT":
+            return False
+        if kind in (b"eXIf", b"iTXt"):  # the latter may be XMP, which can say it, too
+            return True
+        at += 12 + length
 
 
 def problems(found: Iterable[Found]) -> list[str]:
