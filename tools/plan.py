@@ -83,7 +83,7 @@ def main() -> None:
         plan = planner.make(options, family, work)
         plan["notes"] += notes
         if own["vram"]:
-            plan["advice"] = advice.fitting(options, family, work, plan, own["vram"])
+            plan["advice"] = advice.fitting(options, family, work, plan, own["vram"], last_resort=True)
     print(json.dumps(plan, indent=2) if own["json"] else plan_table.table(plan))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from library.memory.planner import Account, Planner
@@ -16,18 +17,50 @@ GB = 1e9
 CHECKPOINTING = ("gradient_checkpointing", True, "blocks are computed twice: about a third more time a step")
 FP8 = ("fp8_scaled", True, "the frozen weights err by about 6 % of the output (docs/memory.md)")
 FUSED = ("fused_backward_pass", True, "no accumulation and no clipping by the global norm")
-TEXT = {"vl": "fp8_vl", "t5": "fp8_t5", "llm": "fp8_llm"}
+BY_HOST = ("blocks_to_swap", "cpu_offload_checkpointing")
+COSTS = {
+    "frames": "shorter clips: the model learns less of motion, and long clips are cut",
+    "resolution": "smaller pictures: fine detail is not learnt, and samples at the full size gain less",
+}
+TRIES = 3  # plans between the smallest item and the whole one
 
 
 def words(settings: Mapping[str, Any]) -> str:
-    """Settings as a command line has them."""
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
+    """Settings as a command line has them; what is to be taken away last, as "without --name"."""
+    given = [f"--{name}" if v is True else f"--{name} {v}" for name, v in settings.items() if v is not False]
+    return " ".join([*given, *(f"without --{name}" for name, v in settings.items() if v is False)])
 
 
-def fitting(options: Any, family: Family, work: Work, plan: dict[str, Any], vram: float) -> dict[str, Any]:
-    """{"fits", "settings": {option: value}, "costs": [...], "peak_bytes"} for a device of `vram` GB (10^9 bytes)."""
+class Trials:
+    """Plans of training with other options and other items; text and latents are measured once for each item."""
+
+    def __init__(self, options: Any, family: Family, work: Work) -> None:
+        self.family, self.work = family, work
+        self.text = Planner(options, family, work)
+        self.cond = self.text.text()[1]
+        self.shapes: dict[Work, Any] = {}
+
+    def training(self, options: Any, work: Work) -> tuple[Planner, Account, dict[str, Any]]:
+        """(planner, the device's account, facts) of an optimizer step without block swap."""
+        planner = Planner(options.replace(blocks_to_swap=None), self.family, work)
+        planner.encoder_bytes = self.text.encoder_bytes
+        if work not in self.shapes:
+            self.shapes[work] = planner.latents()[1:]
+        shape, extra = self.shapes[work]
+        device, _, facts = planner.training(shape, self.cond | extra)
+        return planner, device, facts
+
+
+def fitting(
+    options: Any, family: Family, work: Work, plan: dict[str, Any], vram: float, last_resort: bool = False
+) -> dict[str, Any]:
+    """What fits into a device of `vram` GB (10^9 bytes): "fits", "settings": {option: value}, "costs", and more.
+
+    `last_resort`: where no settings fit, "smaller" says which smaller items would. That takes up to ten more plans.
+    """
     limit = int(vram * GB)
-    found = _training(options, family, work, limit)
+    trials = Trials(options, family, work)
+    found = _training(trials, options, limit)
     settings, costs, peak = found["settings"], found["costs"], found["peak_bytes"]
     phases = plan["device"]["phases"]
     if phases["text"]["peak_bytes"] > limit:
@@ -39,6 +72,7 @@ def fitting(options: Any, family: Family, work: Work, plan: dict[str, Any], vram
     return {
         "vram_bytes": limit,
         "fits": peak <= limit,
+        "smaller": smaller_items(trials, found, limit) if last_resort and peak > limit else [],
         "settings": settings,
         "costs": costs,
         "training_peak_bytes": peak,
@@ -51,18 +85,18 @@ def smaller(options: Any, family: Family, work: Work, room: int) -> dict[str, An
     The settings are never those that it has: where the plan says that these fit, what it cannot see (fragments,
     libraries) has taken the rest, and what needs a tenth less is looked for.
     """
-    found = _training(options, family, work, room)
+    trials = Trials(options, family, work)
+    found = _training(trials, options, room)
     if not found["settings"]:
-        found = _training(options, family, work, int(0.9 * min(room, found["peak_bytes"])))
+        found = _training(trials, options, int(0.9 * min(room, found["peak_bytes"])))
     return found | {"fits": found["peak_bytes"] <= room}
 
 
-def _training(options: Any, family: Family, work: Work, limit: int) -> dict[str, Any]:
-    """Try the steps in their order; in the last one as few blocks are swapped as fit."""
-    steps = [CHECKPOINTING, FP8 if options.network_module else FUSED]
+def _training(trials: Trials, options: Any, limit: int) -> dict[str, Any]:
+    """Try the steps in their order, then what the host can hold. "options" are those that the steps have made."""
     taken: dict[str, Any] = {}
     costs: list[str] = []
-    for step in (None, *steps):
+    for step in (None, CHECKPOINTING, FP8 if options.network_module else FUSED):
         if step is not None:
             name, value, cost = step
             if getattr(options, name, None):
@@ -72,22 +106,114 @@ def _training(options: Any, family: Family, work: Work, limit: int) -> dict[str,
             except Exception:  # an option that this program does not have is no advice
                 continue
             options, taken, costs = changed, taken | {name: value}, [*costs, cost]
-        planner = Planner(options.replace(blocks_to_swap=None), family, work)
-        _, cond = planner.text()
-        _, shape, extra = planner.latents()
-        device, _, facts = planner.training(shape, cond | extra)
-        if device.peak <= limit:
-            return {"settings": taken, "costs": costs, "peak_bytes": device.peak}
-    if not facts["most_blocks_to_swap"]:
-        return {"settings": taken, "costs": costs, "peak_bytes": device.peak}
+        measured = trials.training(options, trials.work)
+        peak = measured[1].peak
+        if peak <= limit:
+            return {"settings": taken, "costs": costs, "peak_bytes": peak, "options": options}
+    found = _on_host(options, *measured, limit)
+    return found | {"settings": taken | found["settings"], "costs": [*costs, *found["costs"]], "options": options}
+
+
+def _on_host(options: Any, planner: Planner, device: Account, facts: dict[str, Any], limit: int) -> dict[str, Any]:
+    """As few swapped blocks as fit; else block inputs on the host; else whichever of all ways needs least.
+
+    The two do not go together: both would fill the same bus. What was set of the one is taken back for the other.
+    """
+    was_offloaded = bool(getattr(options, "cpu_offload_checkpointing", False))
+    saved = facts["checkpoint_bytes"] if options.gradient_checkpointing else 0
+    resident = device.peak + (saved if was_offloaded else 0)
+    ways = [{"settings": {}, "costs": [], "peak_bytes": device.peak}]
+    back: dict[str, Any] = {"cpu_offload_checkpointing": False} if was_offloaded else {}
     for count in range(1, facts["most_blocks_to_swap"] + 1):
-        smaller, host = Account(device.peak, dict(device.parts)), Account()
+        smaller, host = Account(resident, dict(device.parts)), Account()
         planner.swap(smaller, host, facts["blocks"], count)
-        if smaller.peak <= limit:
+        gigabytes = host.parts.get("weights", 0) / GB
+        cost = f"{gigabytes:.1f} GB of weights cross the bus in every pass, forward and backward"
+        ways.append({"settings": {"blocks_to_swap": count} | back, "costs": [cost], "peak_bytes": smaller.peak})
+    if saved and not was_offloaded:
+        back = {"blocks_to_swap": 0} if options.blocks_to_swap else {}
+        cost = f"{saved / GB:.1f} GB of block inputs cross the bus twice a step and wait on the host"
+        settings = {"cpu_offload_checkpointing": True} | back
+        ways.append({"settings": settings, "costs": [cost], "peak_bytes": resident - saved})
+    least = min(ways, key=lambda way: way["peak_bytes"])
+    return next((way for way in ways if way["peak_bytes"] <= limit), least)
+
+
+# ---------------------------------------------------------------- the last resort: smaller items
+
+
+def smaller_items(trials: Trials, found: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """Fewer frames, and a smaller resolution: of each the largest that was found to fit, with what it takes."""
+    out = []
+    for kind, works in {"frames": fewer_frames(trials), "resolution": smaller_resolutions(trials)}.items():
+        fits = _largest(trials, found["options"], works, found["peak_bytes"], limit)
+        if fits is None:
+            continue
+        work, way = fits
+        kept = {name: value for name, value in found["settings"].items() if name not in BY_HOST}
+        was, now = (_size(trials.work), _size(work)) if kind == "resolution" else (trials.work.frames, work.frames)
+        out.append({
+            "kind": kind, "was": was, "now": now, "settings": kept | way["settings"],
+            "costs": [COSTS[kind], *way["costs"]], "training_peak_bytes": way["peak_bytes"],
+        })  # fmt: skip
+    return out
+
+
+def _largest(trials: Trials, options: Any, works: list[Work], peak: int, limit: int) -> tuple[Work, Any] | None:
+    """The work that fits, and how. A plan takes seconds, so that only a few are made: the least first, then by line."""
+    if not works:
+        return None
+    options = options.replace(blocks_to_swap=None)
+    low = works[-1]
+    best = _on_host(options, *trials.training(options, low), limit)
+    if best["peak_bytes"] > limit:
+        return None
+    high, high_peak, low_peak = trials.work, peak, best["peak_bytes"]
+    for _ in range(TRIES):
+        slope = (high_peak - low_peak) / (_pixels(high) - _pixels(low))
+        most = _pixels(low) + (limit - low_peak) / slope if slope > 0 else _pixels(high)
+        guess = next((one for one in works if _pixels(low) < _pixels(one) < min(most, _pixels(high))), None)
+        if guess is None:
             break
-    gigabytes = host.parts.get("weights", 0) / GB
-    costs = [*costs, f"{gigabytes:.1f} GB of weights cross the bus in every pass, forward and backward"]
-    return {"settings": taken | {"blocks_to_swap": count}, "costs": costs, "peak_bytes": smaller.peak}
+        way = _on_host(options, *trials.training(options, guess), limit)
+        if way["peak_bytes"] <= limit:
+            return guess, way
+        high, high_peak = guess, way["peak_bytes"]
+    return low, best
+
+
+def fewer_frames(trials: Trials) -> list[Work]:
+    """From the most to the fewest frames that the family takes, below those that are asked for."""
+    rule, out = trials.family.frames, []
+    frames = rule.fit(trials.work.frames - 1) if rule else 0
+    while frames >= max(1, rule.least if rule else 1):
+        out.append(replace(trials.work, frames=frames))
+        frames = rule.fit(frames - 1)
+    return out
+
+
+def smaller_resolutions(trials: Trials) -> list[Work]:
+    """15/16 to 4/16 of both sides, pictures that are controls with them, in steps of what the family takes."""
+    step, work = trials.family.pixel_multiple, trials.work
+
+    def scaled(sides: tuple[int, int], part: int) -> tuple[int, int]:
+        width, height = (max(step, side * part // 16 // step * step) for side in sides)
+        return width, height
+
+    sizes = {scaled((work.width, work.height), part): part for part in range(15, 3, -1)}
+    sizes.pop((work.width, work.height), None)
+    return [
+        replace(work, width=size[0], height=size[1], controls=tuple(scaled(one, part) for one in work.controls))
+        for size, part in sizes.items()
+    ]
+
+
+def _pixels(work: Work) -> int:
+    return work.width * work.height * work.frames
+
+
+def _size(work: Work) -> str:
+    return f"{work.width}x{work.height}"
 
 
 def latents(options: Any, family: Family, work: Work, limit: int) -> dict[str, Any]:

@@ -55,4 +55,10 @@ def _advice(advice: dict[str, Any] | None) -> list[str]:
     verdict = "it fits with" if advice["fits"] else "it does not fit; closest is"
     peak = _gb(advice["training_peak_bytes"])
     lines = [f"in {advice['vram_bytes'] / 1e9:g} GB {verdict} {settings or 'these settings'}: training takes {peak} GB"]
-    return lines + [f"  cost: {cost}" for cost in advice["costs"]]
+    lines += [f"  cost: {cost}" for cost in advice["costs"]]
+    for one in advice["smaller"]:
+        unit = " frames" if one["kind"] == "frames" else ""
+        lines.append(f"  last resort: {one['now']}{unit} instead of {one['was']}, with {words(one['settings'])}: "
+                     f"training takes {_gb(one['training_peak_bytes'])} GB")  # fmt: skip
+        lines += [f"    cost: {cost}" for cost in one["costs"]]
+    return lines
