@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library import checkpoints
 from library.checkpointing import checkpoint_blocks
 from library.components.tokenizers import load_tokenizers, tokenizer_paths
+from library.diffusion import alpha_bar
 from library.families.family import ItemInput, Text
 from library.memory import sketch, swap_plan
 from library.memory.loading import Loading
@@ -121,8 +122,11 @@ class Planner:
     @contextlib.contextmanager
     def phase(self) -> Iterator[sketch.Tracker]:
         tracker = sketch.Tracker()
-        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
-            yield tracker
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+                yield tracker
+        finally:
+            alpha_bar.cache_clear()  # a table that was made inside has no values, and would be given to who asks next
 
     # ---------------------------------------------------------------- phases
 
@@ -134,12 +138,13 @@ class Planner:
             encoders = [self.load(part, self.encoder_dtype, text_recipe(options, part)) for part in parts]
             weights = tracker.live
             tracker.restart()
+            caption = Text(self.family.caption_text(self.work.caption))  # with what the family puts before it
             rule = self.family.partly_live if options.cache_text_encoder_outputs else None
             if rule:
-                self.cached_text = _shapes(rule.encode(encoders, tokenizers, Text(self.work.caption), "cpu"))
+                self.cached_text = _shapes(rule.encode(encoders, tokenizers, caption, "cpu"))
                 live = [model for part, model in zip(parts, encoders, strict=True) if part.name in rule.encoders]
                 self.encoder_bytes = sum(map(_bytes_of, live))
-            shapes = _shapes(self.family.encode(encoders, tokenizers, Text(self.work.caption), "cpu"))
+            shapes = _shapes(self.family.encode(encoders, tokenizers, caption, "cpu"))
             return Account(tracker.peak, {"weights": weights, "activations": tracker.peak - weights}), shapes
 
     def tokenizers(self) -> list[Any]:
