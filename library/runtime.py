@@ -374,7 +374,7 @@ class Runtime:
             if p.grad is None:  # a process without a batch in the last step of an epoch still takes part
                 p.grad = torch.zeros_like(p)
         for part in self.memory.together([p.grad for p in parameters]):
-            flat = torch._utils._flatten_dense_tensors(part).to(self.device)
+            flat = torch._utils._flatten_dense_tensors([gradient.to(self.device) for gradient in part])
             all_reduce(flat)
             for old, summed in zip(part, torch._utils._unflatten_dense_tensors(flat, part), strict=True):
                 old.copy_(summed)

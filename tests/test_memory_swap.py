@@ -302,3 +302,15 @@ def test_while_loading_swapped_blocks_stay_on_the_host(file):
     blocks = swap_plan.block_names(model, FAMILY, 2)
     assert on_host == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{b}." for b in blocks))}
     assert len(blocks) == 2 and len(on_host) > 10
+
+
+def test_gradients_are_reduced_in_the_same_parts_wherever_they_are(monkeypatch):
+    """The reduction of three processes adds in another order in another place."""
+    monkeypatch.setattr("library.memory.denoiser.AT_ONCE", 100)
+    sizes = (4, 20, 3, 30, 2, 5, 1)
+    homes = [["cpu"] * 7, ["cpu", "meta", "cpu", "meta", "meta", "cpu", "cpu"]]
+    memory, cut = DenoiserMemory(options(), FAMILY, "cpu"), []
+    for devices in homes:
+        gradients = [torch.empty(size, device=device) for size, device in zip(sizes, devices, strict=True)]
+        cut.append([[gradient.numel() for gradient in part] for part in memory.together(gradients)])
+    assert cut[0] == cut[1] == [[4, 20], [3], [30], [2, 5, 1]]

@@ -1,14 +1,11 @@
 """Block swap in whole runs: losses to the bit, validation, samples, resuming, several processes, refusals."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from memory_support import deep_weights, toy_file
 from safetensors.torch import load_file
-from training_support import ROOT, arguments, losses, pictures, toy, train  # noqa: F401  (fixtures)
+from test_processes import run_all
+from training_support import losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 from library.errors import ConfigError
 
@@ -69,16 +66,26 @@ def test_validation_samples_and_a_resume_with_another_number(toy, pictures, tmp_
     assert values[0] == values[1] == 2
 
 
+@pytest.mark.parametrize("kind", ["full", "full, checkpointing, accumulation", "lora bf16, checkpointing"])
+def test_two_processes_with_swap_are_two_without_to_the_bit(toy, pictures, tmp_path, deep, kind):  # noqa: F811
+    toml, extra = toy.with_name("toy_full.toml") if "full" in kind else toy, (*STEPS, *deep, *KINDS[kind])
+    for name, more in (("plain", ()), ("swapped", ("--blocks_to_swap", "4"))):
+        run_all(
+            tmp_path / "log",
+            2,
+            lambda rank, name=name, more=more: train(toml, pictures, tmp_path / name, *extra, *more),
+        )
+    assert losses(tmp_path / "plain") == losses(tmp_path / "swapped")
+    one, two = (load_file(tmp_path / name / "run.safetensors") for name in ("plain", "swapped"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_two_processes_take_the_steps_of_one(toy, pictures, tmp_path, deep):  # noqa: F811
+    """One process sums the batches of a step in its backward passes, two in the reduction, which round differently."""
     toml, extra = toy.with_name("toy_full.toml"), (*STEPS, *deep, *CHECKPOINTED)
     train(toml, pictures, tmp_path / "one", *extra, "--gradient_accumulation_steps", "2")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571",
-        "z_image_train_network.py", *arguments(toml, pictures, tmp_path / "two", *extra, "--blocks_to_swap", "4"),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = (*extra, "--blocks_to_swap", "4")
+    run_all(tmp_path / "log", 2, lambda rank: train(toml, pictures, tmp_path / "two", *two))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from library.families.family import Family
 
 
-AT_ONCE = 1 << 28  # bytes of host gradients that are reduced over the processes at a time
+AT_ONCE = 1 << 28  # bytes of gradients that are reduced over the processes at a time
 
 
 class DenoiserMemory:
@@ -94,18 +94,18 @@ class DenoiserMemory:
             torch.cuda.empty_cache()
 
     def together(self, gradients: list[Tensor]) -> list[list[Tensor]]:
-        """Gradients in parts that are reduced at once: what is on the device, then a swapped block after another."""
-        parts: dict[Any, list[Tensor]] = {}
+        """Gradients in parts that are reduced at once, in their order, wherever they are.
+
+        A reduction over more than two processes adds in an order that depends on the place in its part, so that the
+        parts are the same with and without block swap.
+        """
+        size, parts = 0, []
         for gradient in gradients:
-            parts.setdefault(gradient.device, []).append(gradient)
-        on_device = parts.pop(self.device, [])
-        size, cut = 0, []
-        for gradient in (g for rest in parts.values() for g in rest):
-            if not cut or size + gradient.nbytes > AT_ONCE:
-                size, cut = 0, [*cut, []]
-            cut[-1].append(gradient)
+            if not parts or size + gradient.nbytes > AT_ONCE:
+                size, parts = 0, [*parts, []]
+            parts[-1].append(gradient)
             size += gradient.nbytes
-        return [part for part in (on_device, *cut) if part]
+        return parts
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
