@@ -366,7 +366,8 @@ def test_the_models_own_folder_gives_what_comfyuis_files_give(toy, tmp_path):
         str(folder / "models_t5_umt5-xxl-enc-bf16.pth"),
     ]
     theirs = drawn(words_of(toy, "t2v")[:-2])
-    assert torch.equal(drawn(words), theirs)
+    # not to the bit: some CPUs add in an order that depends on where in memory a weight begins
+    assert relative(drawn(words), theirs) < 1e-5
 
 
 def test_diffusion_pipes_file_trains_on_the_models_own_folder(toy, clips, tmp_path):
@@ -409,7 +410,7 @@ def test_a_diffusers_folder_gives_what_comfyuis_files_give(toy, studios, tmp_pat
     file = root / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = {key: value.clone() for key, value in studio.denoiser.state_dict().items()}
     save_file(tensors, file, names)  # the toy's heads are narrower than those of all published models
-    assert torch.equal(drawn(["--dit", str(root)]), drawn(words_of(toy, "t2v")[:-2]))
+    assert relative(drawn(["--dit", str(root)]), drawn(words_of(toy, "t2v")[:-2])) < 1e-5
 
 
 def test_fp8_scaled_files_are_read_with_their_scales(toy, tmp_path):

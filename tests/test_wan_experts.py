@@ -164,7 +164,8 @@ def test_a_device_with_memory_of_its_own_gets_copies(toy, scheme):
         experts.place(torch.device("cpu"), None, copies=True)
         for index in (0, 1, 1, 0, 1, 0):
             experts.use(index)
-            assert torch.equal(FAMILY.predict(model, noisy, sigma, conds), alone[index])
+            # not to the bit: some CPUs add in an order that depends on where in memory a weight begins
+            assert relative(FAMILY.predict(model, noisy, sigma, conds), alone[index]) < 1e-5
     assert relative(alone[0], alone[1]) > 0.1
 
 
