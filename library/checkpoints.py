@@ -290,8 +290,7 @@ def load_from(
     except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ConfigError(f"{path} does not fit {part.title}: there is no model of its sizes ({reason})") from error
-    ours = shapes_of(model)
-    layout = layout_of(part, layout_name, ours)
+    layout = layout_of(part, layout_name, shapes_of(model))
     extras = _check(part, path, layout, shapes)
     if loading is not None:
         loading.prepare(model, layout)
@@ -306,7 +305,8 @@ def load_from(
         model.load_state_dict(state, strict=True, assign=True)
         kept = part.markers(model) | {key: reader.raw(key) for key in extras}
     part.finish(model, device)
-    model.binding = Binding(part, layout, kept, checkpoint.metadata, checkpoint.prefix, path)
+    said = {name: json.dumps(config[name]) for name in part.stated if name in config}  # which a save would not tell
+    model.binding = Binding(part, layout, kept, checkpoint.metadata | said, checkpoint.prefix, path)
     return model
 
 

@@ -210,11 +210,13 @@ def of_run(path: str | None, family: Any, usual_frames: int) -> tuple[list[Promp
 
 
 def requests_of(prompt: Prompt, family: Any) -> tuple[Any, Any]:
-    """What the text encoders are asked for: the prompt and its negative prompt."""
+    """What the text encoders are asked for: the prompt, and its negative prompt, which is of no first frame."""
+    from library.data.first_frames import FirstFrame
     from library.strategies import Request
 
-    cond = Request.of(family, prompt.prompt, prompt.controls, prompt.frame_count or 0)
-    return cond, replace(cond, caption=prompt.negative_prompt)
+    first = FirstFrame(prompt.image_path) if prompt.image_path else None
+    cond = Request.of(family, prompt.prompt, prompt.controls, prompt.frame_count or 0, first)
+    return cond, replace(cond, caption=prompt.negative_prompt, first=None)
 
 
 def asked_of_text(prompts: Sequence[Prompt], family: Any) -> list[Any]:

@@ -63,7 +63,7 @@ def generate_latents(
         return torch.randn((1, *shape), generator=generator).to(device)
 
     sigmas = way.times(steps, shift, image_tokens(family, shape)).to(device)
-    x = family.objective.start(fresh(), sigmas[0])
+    x = frames.hinted(family.objective.start(fresh(), sigmas[0]), cond)
     settings = {**(settings or default_settings(family)), "sample_steps": steps}
     conds = [cond] if scale == 1 else [cond, *family.unprompted(settings, uncond)]
     conds = [{k: v.to(device) for k, v in c.items()} for c in conds]

@@ -24,6 +24,7 @@ from library.data import controls, images
 from library.data.cache import ContentHashes, Store
 from library.data.captions import is_changing, variants
 from library.data.dataset import item_rng
+from library.data.first_frames import FirstFrame
 from library.data.images import to_tensor
 from library.errors import ConfigError, DatasetError
 from library.families.family import ItemInput, Text
@@ -285,22 +286,34 @@ class Request:
     caption: str
     files: tuple[str, ...] = ()
     is_still: bool = False  # of a picture, where a video model has other words around a picture's caption
+    first: FirstFrame | None = None  # of the video, where the encoders see it
 
     @classmethod
-    def of(cls, family: Family, caption: str, controls: Iterable[Any] = (), frames: int = 0) -> Request:
+    def of(
+        cls,
+        family: Family,
+        caption: str,
+        controls: Iterable[Any] = (),
+        frames: int = 0,
+        first: FirstFrame | None = None,
+    ) -> Request:
         """For a caption or a prompt, with what the family puts around it."""
         files = tuple(map(str, controls)) if family.text_pictures else ()
-        return cls(family.caption_text(caption), files, family.encode_still is not None and frames == 1)
+        is_still = family.encode_still is not None and frames == 1
+        return cls(family.caption_text(caption), files, is_still, first if family.text_frame else None)
 
     @classmethod
     def of_item(cls, family: Family, caption: str, item: Item) -> Request:
-        return cls.of(family, caption, item_controls(item), item.frames)
+        first = FirstFrame.of_item(item) if family.text_frame else None
+        return cls.of(family, caption, item_controls(item), item.frames, first)
 
     def encoder(self, family: Family) -> Callable[..., Cond]:
         """(text encoders, tokenizers, Text, device) -> Cond."""
         return family.encode_still if self.is_still else family.encode
 
     def text(self, family: Family) -> Text:
+        if self.first:
+            return Text(self.caption, (family.text_frame(to_tensor(self.first.pixels())),))
         if not self.files:
             return Text(self.caption)
         return Text(self.caption, family.text_pictures(tuple(to_tensor(images.decode(f)[0]) for f in self.files)))
@@ -412,9 +425,14 @@ def text_identities(requests: Iterable[Request], family: Family, options: Any, f
     recipe += "".join(f" {part.name} {held}" for part in family.text_encoders if (held := text_recipe(options, part)))
     made_by = f"text {RECIPE} {family.name}{recipe} {' '.join(hashes.of_tree(Path(path)) for path in files)}"
     seen = {file: hashes.of(Path(file)) for file in {file for request in requests for file in request.files}}
+    firsts = {first: f" first {first.identity(hashes)}" for request in requests if (first := request.first)}
     hashes.write()
-    beside = {r: "".join(f" picture {seen[file]}" for file in r.files) + " still" * r.is_still for r in requests}
-    return {request: f"{made_by}{beside[request]} caption {request.caption}" for request in requests}
+
+    def beside(request: Request) -> str:
+        pictures = "".join(f" picture {seen[file]}" for file in request.files)
+        return pictures + " still" * request.is_still + firsts.get(request.first, "")
+
+    return {request: f"{made_by}{beside(request)} caption {request.caption}" for request in requests}
 
 
 def _encode_texts(

@@ -2,7 +2,6 @@
 which model."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from training_support import losses
 
 from library import checkpoints, sample
+from library.components.hunyuan_text import PICTURE, VIDEO
 from library.errors import ConfigError, DatasetError
 from library.families import get_family
 from library.families.family import ItemInput, Text
-from library.families.hunyuan_video import DENOISER, PICTURE, VIDEO
+from library.families.hunyuan_video import DENOISER
 from library.strategies import Request
 
 FAMILY = get_family("hunyuan_video")
@@ -383,7 +383,6 @@ def test_tencents_own_tree_gives_what_comfyuis_files_give(toy, studios, tmp_path
 @pytest.mark.parametrize(
     ("denoiser", "extra", "said"),
     [
-        ("i2v_33", [], "is Tencent's image-to-video model"), ("image_to_video", [], "take a text-to-video model"),
         ("odd", [], "20 channels in and 16 out"), ("free", ["--guidance_scale", "2"], "embeds no guidance"),
         ("denoiser", ["--text_encoder", "{clip_l}"], "is not a LLaVA-Llama-3 text encoder"),
         ("denoiser", ["--clip_l", "{text_encoder}"], "is not a CLIP-L text encoder"),
@@ -393,8 +392,8 @@ def test_tencents_own_tree_gives_what_comfyuis_files_give(toy, studios, tmp_path
 def test_files_and_options_of_another_model_are_one_sentence(toy, clips, tmp_path, denoiser, extra, said):
     source = toy.with_name("denoiser.safetensors")
     path = source if denoiser == "denoiser" else tmp_path / f"{denoiser}.safetensors"
-    if denoiser in ("i2v_33", "odd"):
-        widened(source, path, 17 if denoiser == "i2v_33" else 4)
+    if denoiser == "odd":
+        widened(source, path, 4)
     elif path != source:
         weights = load_file(source)
         save_file({k: v for k, v in weights.items() if denoiser != "free" or "guidance_in" not in k}, path)
@@ -403,14 +402,3 @@ def test_files_and_options_of_another_model_are_one_sentence(toy, clips, tmp_pat
     with pytest.raises(ConfigError) as caught:
         trainer_of("hunyuan_video", toy, clips, tmp_path, "--pretrained_model_name_or_path", str(path), *words)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_diffusers_folder_of_a_token_replace_model_is_known_by_its_configuration(toy, studios, tmp_path):
-    folder = tmp_path / "HunyuanVideo-X"
-    (folder / "transformer").mkdir(parents=True)
-    state = {k: v.clone() for k, v in studios().denoiser.state_dict().items()}
-    save_file(state, folder / "transformer" / "model.safetensors")
-    (folder / "transformer" / "config.json").write_text(json.dumps({"image_condition_type": "token_replace"}))
-    options = SimpleNamespace(pretrained_model_name_or_path=str(folder), guidance_scale=1.0)
-    with pytest.raises(ConfigError, match="Tencent's image-to-video model"):
-        FAMILY.resolved(options)

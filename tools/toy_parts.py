@@ -201,6 +201,17 @@ def clip_vision(width: int = 1280, side: int = 28) -> Made:
     }, {}  # fmt: skip
 
 
+def llava_vision(width: int = 64, side: int = 56) -> Made:
+    """LLaVA's picture tower for a Llama of that width; a picture is `side`² / 14² states."""
+    return {
+        "vision": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "num_channels": 3, "patch_size": 14, "image_size": side, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        },
+        "inner": width, "hidden_size": width,
+    }, {"vision_num_heads": "2"}  # fmt: skip
+
+
 TOYS: dict[str, Toy] = {
     "anima": Toy(toy_vaes.wan21(), {"text_encoder": ToyText(qwen3, 64)}, tokenizers={"t5_tokenizer_path": "t5"}),
     "auraflow": Toy(vae_ldm(4, quant=True), {"text_encoder": ToyText(umt5, 2048, "t5")}),

@@ -61,9 +61,13 @@ def sizes(
 
 
 def states(
-    model: torch.nn.Module, ids: Tensor, layers: int | Sequence[int] = -1, mask: Tensor | None = None, **inputs: Any
+    model: torch.nn.Module,
+    ids: Tensor | None,
+    layers: int | Sequence[int] = -1,
+    mask: Tensor | None = None,
+    **inputs: Any,
 ) -> Tensor:
-    """States [B,T,D] of token ids [B,T] after `layers`; of several layers [B,N,T,D].
+    """States [B,T,D] of token ids [B,T], or of `inputs_embeds`, after `layers`; of several layers [B,N,T,D].
 
     Counted as transformers counts hidden states: 0 the embeddings, k after layer k, the last (-1) after the final norm.
     `mask` [B,T] hides padding (0) from every token; without one all tokens are real.

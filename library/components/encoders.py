@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from library.components import clip, gemma2, llama3, mistral, qwen3, qwen25_vl, t5, vision
+from library.components import clip, gemma2, llama3, llava, mistral, qwen3, qwen25_vl, t5, vision
 from library.families.family import Part
 
 # `family` is what the encoder itself is called, whichever models use it. Small files of unpublished sizes, which more
@@ -21,6 +21,7 @@ ENCODERS: tuple[tuple[str, str, Part], ...] = (
     ("text_encoder", "gemma2", gemma2.part()),
     ("text_encoder", "llama3", llama3.llava("a Llama 3 text encoder")),
     ("text_encoder", "mistral", mistral.part()),
+    ("image_encoder", "llava_vision", llava.tower()),
     ("image_encoder", "clip_vision", vision.clip_h()),
     ("image_encoder", "siglip_vision", vision.siglip()),
 )

@@ -1,4 +1,4 @@
-"""Clean frames at the start of a noisy video: models that take a time per token train from a first frame this way."""
+"""Clean frames at the start of a noisy video: models that take a time per frame train from a first frame this way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from library.families.family import Cond, ItemInput
 
 KEY = "first_frame"  # of an item's conditions: latents [C,f,h,w] of its first frame or frames
+HINT = "start"  # latents [C,1,h,w], of which the noise that a sample begins with has a little in every frame
+HINTED = 0.001  # how much, in Tencent's `i2v_stability`
 
 
 def with_first_frames(noisy: Tensor, sigma: Tensor, conds: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,11 @@ def vary(cond: Cond, latents: Tensor, choice: float, options: Any) -> Cond:
     if count == 1 or choice >= options.first_frame_conditioning_p:
         return cond
     return cond | {KEY: latents[:, :1], "loss_mask": loss_mask(count, 1, latents)}
+
+
+def hinted(noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """The noise [B,C,F,h,w] that a sample begins with, with its hint if the model's samples begin with one."""
+    return noise if HINT not in cond else (1 - HINTED) * noise + HINTED * cond[HINT].to(noise)
 
 
 def put_back(video: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

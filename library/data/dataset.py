@@ -366,11 +366,16 @@ def _check_controls(items: Iterable[Item], family: Any) -> None:
 
 def _check_frames(items: Iterable[Item], family: Any) -> None:
     """Raises DatasetError naming pictures and clips that are too short for the model."""
-    least = family.frames.least if family.frames else 0
+    items, least = list(items), family.frames.least if family.frames else 0
     if short := list(dict.fromkeys(item.path.name for item in items if item.frames < least)):
         raise DatasetError(
             f"{family.title} is trained on clips of at least {least} frames; {names(short)}: pictures, or clips that "
             "are shorter; take them out or raise target_frames"
+        )
+    if family.text_frame and (mirrored := [item for item in items if item.subset.flip_aug]):
+        raise ConfigError(
+            f"{mirrored[0].subset.source}: flip_aug does not go with {family.title}, whose text encoder sees the "
+            "first frame as it is; remove it"
         )
 
 

@@ -184,6 +184,8 @@ class Family:
     vary: Callable[..., Cond] | None = None
     partly_live: PartlyLive | None = None  # how text is cached that is too large for it; None = as `encode` gives it
     text_pictures: Callable[..., tuple[Tensor, ...]] | None = None  # (controls) -> what a vision-language encoder sees
+    # (a clip's first frame [3,H,W]) -> what a vision-language encoder sees of it; None = it sees none
+    text_frame: Callable[[Tensor], Tensor] | None = None
     max_controls: int = 0  # control pictures that one item can have
     least_controls: int = 0  # and must have
     # (width, height of a control's file) -> the size that the published pipeline stretches it to, or how it is resized

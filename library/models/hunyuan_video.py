@@ -42,14 +42,20 @@ class HunyuanVideo(HunyuanVideoTransformer3DModel):
     def forward(
         self, video: Tensor, timestep: Tensor, texts: Sequence[Tensor], pooled: Tensor, guidance: Tensor | None
     ) -> Tensor:
-        """Velocity [B,C,F,h,w]. timestep and guidance are [B] float32, times 1000; texts [T_i,D]; pooled [B,D]."""
+        """Velocity [B,C,F,h,w]. timestep and guidance are [B] float32, times 1000; texts [T_i,D]; pooled [B,D].
+
+        A model that says `token_replace` takes the first frame as clean, at time 0 and without a guidance, and what it
+        returns there means nothing.
+        """
         mask = ragged.mask(texts)
         rotary = self.rope(video)
-        temb, _ = self.time_text_embed(timestep, pooled, guidance)
+        temb, clean = self.time_text_embed(timestep, pooled, guidance)
+        area = video.shape[3] * video.shape[4] // self.config.patch_size**2  # tokens of a frame
         text = self.context_embedder(ragged.pad(texts), timestep, mask)
         hidden = self.x_embedder(video)
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
-        hidden = run(blocks, hidden, text, temb, over_video(mask, hidden.shape[1]), rotary)
+        first = () if clean is None else (clean, area)
+        hidden = run(blocks, hidden, text, temb, over_video(mask, hidden.shape[1]), rotary, *first)
         return picture_of(self, hidden, temb, video)
 
 
