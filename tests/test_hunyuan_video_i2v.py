@@ -429,6 +429,11 @@ def test_channels_configuration_option_and_name_say_which_model_a_file_is(toy, s
     replace = toy.with_name(f"{NAMES['replace']}.safetensors")
     assert resolved(replace).title == "HunyuanVideo I2V v2"
     assert resolved(replace, task="t2v", image_encoder=None).title == "HunyuanVideo"  # the name is only a name
+    (tmp_path / "i2v").mkdir()
+    for name, title in (("hunyuan_video_t2v", "HunyuanVideo"), ("mine", "HunyuanVideo I2V v2")):
+        copy = tmp_path / "i2v" / f"{name}.safetensors"
+        copy.write_bytes(plain.read_bytes())
+        assert resolved(copy, image_encoder="x" if "I2V" in title else None).title == title
     renamed = tmp_path / "x.safetensors"
     renamed.write_bytes(toy.with_name(f"{NAMES['concat']}.safetensors").read_bytes())
     assert resolved(renamed).title == "HunyuanVideo I2V"

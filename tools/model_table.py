@@ -40,7 +40,7 @@ TITLES = {
     "sd3": "medium", "sd3_large": "large", "wan": "2.1 T2V 1.3B", "wan_t2v_14b": "2.1 T2V 14B",
     "wan_i2v_14b": "2.1 I2V 14B",
     "wan22_a14b_t2v": "2.2 T2V A14B", "wan22_a14b_i2v": "2.2 I2V A14B", "wan22_ti2v_5b": "2.2 TI2V 5B",
-    "hunyuan_video_15": "T2V", "hunyuan_video_15_i2v": "I2V",
+    "hunyuan_video_15": "T2V", "hunyuan_video_15_i2v": "I2V", "hunyuan_video": "T2V", "hunyuan_video_i2v": "I2V",
 }  # fmt: skip
 
 
@@ -57,7 +57,8 @@ def variants(name: str) -> list[str]:
         return titles
     index = released.index()
     usual = index["families"].get(name, {}).get("denoiser", name)
-    lists = dict.fromkeys((usual, *(index["variants"][v].get("denoiser", v) for v in released.variants_of(name))))
+    others = [v if v in TITLES else index["variants"][v].get("denoiser", v) for v in released.variants_of(name)]
+    lists = dict.fromkeys((usual, *others))
     found = [TITLES.get(listed, "") for listed in lists]
     several = [title for title in dict.fromkeys(found) if title]
     if len(several) < 2:

@@ -130,8 +130,12 @@ def kind_of(path: str, config: Mapping[str, Any], task: str | None) -> str:
         )
     if task == "t2v" and kind != "t2v":
         raise ConfigError(f"--task t2v: {path} is an image-to-video model; remove the option")
-    named = re.search(r"i2v|image[-_]to[-_]video", f"{Path(path).parent.name}/{Path(path).name}".lower())
-    return "token_replace" if kind == "t2v" and (task == "i2v" or named and not task) else kind
+    names = (Path(path).name.lower(), Path(path).parent.name.lower())
+    found = next(
+        filter(None, (re.search(r"(i2v|image[-_]to[-_]video)|t2v|text[-_]to[-_]video", n) for n in names)), None
+    )
+    named = "i2v" if found and found.group(1) else "t2v"
+    return "token_replace" if kind == "t2v" and (task or named) == "i2v" else kind
 
 
 def variant_of(options: Any) -> Family:
