@@ -27,7 +27,7 @@ class Counting:
         )
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (encoder,), ()
         self.tokenizers = ((encoder.tokenizer, encoder),)
-        self.encode_item = self.encode_still = self.text_pictures = self.partly_live = None
+        self.encode_item = self.encode_still = self.text_pictures = self.text_frame = self.partly_live = None
         self.text_prefixes, self.control_size, self.caption_text = (), None, str
         self.title, self.max_controls, self.least_controls, self.frames = "Fake", 0, 0, None
         self.sizes = ()

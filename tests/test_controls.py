@@ -49,7 +49,7 @@ def prepared(tmp_path, targets, extra="", family=None, head=HEAD, **changes):
 def edits(most, text_pictures=None, least=0, size=None):
     """What an edit model says of its control pictures."""
     return SimpleNamespace(
-        title="Edit", max_controls=most, least_controls=least, control_size=size, text_pictures=text_pictures, sizes=(),
+        title="Edit", max_controls=most, least_controls=least, control_size=size, text_pictures=text_pictures, text_frame=None, sizes=(),
         frames=None, pixel_multiple=16, partly_live=None, caption_text=str,
     )  # fmt: skip
 
@@ -342,6 +342,7 @@ class Edit:
         self.text_prefixes, self.tokenizers = (), ((tokenizer, self.text_encoders[0]),)
         self.encode_still, self.sizes = None, ()
         self.text_pictures = (lambda given: tuple(one[:, ::2, ::2] for one in given)) if sees else None
+        self.text_frame = None
 
     def encode_image(self, vae, pixels):
         return torch.nn.functional.avg_pool2d(pixels, 8)

@@ -24,7 +24,14 @@ from library.families.family import FrameRule
 
 RULE = FrameRule(multiple=4, offset=1, fps=16.0)
 VIDEO = SimpleNamespace(
-    title="Video", max_controls=0, least_controls=0, control_size=None, text_pictures=None, frames=RULE, sizes=()
+    title="Video",
+    max_controls=0,
+    least_controls=0,
+    control_size=None,
+    text_pictures=None,
+    text_frame=None,
+    frames=RULE,
+    sizes=(),
 )
 
 
@@ -470,6 +477,7 @@ def test_a_model_of_pictures_refuses_videos(tmp_path, folder):
                 least_controls=0,
                 control_size=None,
                 text_pictures=None,
+                text_frame=None,
                 frames=None,
                 sizes=(),
             ),

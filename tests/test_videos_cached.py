@@ -22,7 +22,8 @@ class Clips:
         self.name, self.title, self.recipe, self.max_controls, self.frames = "clips", "Clips", "", 0, RULE
         self.least_controls, self.control_size = 0, None
         self.vae, self.text_encoders, self.image_encoders = SimpleNamespace(option="vae"), (), ()
-        self.encode_item, self.text_pictures, self.shapes, self.limit = self.item, None, [], limit
+        self.encode_item, self.text_pictures, self.text_frame = self.item, None, None
+        self.shapes, self.limit = [], limit
         self.encode_still, self.sizes = None, ()
 
     def encode_image(self, vae, pixels):
