@@ -7,6 +7,8 @@ A `UserError` ends a program without a traceback; any other exception is ours an
 from __future__ import annotations
 
 import difflib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -58,6 +60,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def _is_output_closed() -> bool:
+    """Whether nobody reads the standard output any more, as behind `| head`. If so, the rest goes nowhere."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails, too
+    return True
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`: whatever ends it, the last line is one sentence, with an exit code of its own.
 
@@ -66,6 +80,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        sys.stdout.flush()
     except Interrupted as stop:
         _last_line(str(stop), stop)
         sys.exit(stop.exit_code)
@@ -82,6 +97,8 @@ def run(main: Callable[[], None]) -> None:
                 f"error: out of memory ({text}); try --gradient_checkpointing, or a smaller batch or size", error
             )
             sys.exit(OutOfMemoryError.exit_code)
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            sys.exit(141)  # as a shell says of a program that SIGPIPE ended
         traceback.print_exc()
         what = (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no text'}"

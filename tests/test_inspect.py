@@ -46,6 +46,14 @@ def test_a_lora_is_named_with_its_format_and_family(toy, pictures, tmp_path, for
     assert (found["kind"], found["family"], found["format"]) == ("lora", "z_image", form) and found["unmatched"] == []
 
 
+def test_a_reader_that_has_read_enough_is_no_fault(toy):  # noqa: F811
+    words = [sys.executable, "tools/inspect.py", str(toy.with_name("denoiser.safetensors"))]
+    program = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program.stdout.close()
+    said = program.stderr.read()
+    assert program.wait() == 141 and "fault" not in said and "BrokenPipe" not in said
+
+
 @pytest.mark.parametrize("name", ["qwen_image", "sd3", "lumina_2", "z_image", "auraflow", "hunyuan_image"])
 @pytest.mark.parametrize("start", ["diffusion_model.", "lora_unet_"])
 def test_a_lora_is_not_taken_for_one_of_a_family_whose_names_begin_alike(name, start):
