@@ -306,11 +306,6 @@ def _check_run(options: Options) -> None:
 
 
 def _check_memory(options: Options) -> None:
-    if options.cpu_offload_checkpointing and options.blocks_to_swap:
-        raise ConfigError(
-            "--cpu_offload_checkpointing does not go with --blocks_to_swap: both would fill the same bus to the host; "
-            "remove one of them"
-        )
     if options.torch_compile and options.dynamo_backend == "cudagraphs" and options.blocks_to_swap:
         raise ConfigError("--dynamo_backend cudagraphs wants weights that stay in their place, which --blocks_to_swap "
                           "moves; choose inductor, or remove one of them")  # fmt: skip

@@ -283,10 +283,6 @@ def test_runs_with_each_of_them_have_the_same_losses(toy, pictures, tmp_path, pa
     ("extra", "said"),
     [
         (["--cpu_offload_checkpointing"], "has no effect without --gradient_checkpointing"),
-        (
-            ["--cpu_offload_checkpointing", "--gradient_checkpointing", "--blocks_to_swap", "1"],
-            "does not go with --blocks",
-        ),
         (["--attn_mode", "sageattn"], "sageattn has no backward pass"),
         (["--attn_mode", "flash"], "half precision only; add --mixed_precision bf16"),
         (["--attn_mode", "falsh"], "did you mean 'flash'"),

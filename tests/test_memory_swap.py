@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from library.checkpointing import checkpoint_blocks
 from library.errors import ConfigError
 from library.memory import swap_plan
+from library.memory.activations import HostActivations
 from library.memory.denoiser import DenoiserMemory
 from library.memory.quantised_linear import is_quantised
 from library.memory.swap import BlockSwap
@@ -157,6 +159,34 @@ def test_outputs_and_gradients_are_equal_to_the_bit_and_few_blocks_are_resident(
             assert torch.equal(model(x.detach()), plain(x.detach()))
     assert max(counts) <= 7 - count + min(ring, count) and len(counts) > 30
     assert not any(in_ring(swap, held.tensor) for block in (swap.park(), swap.blocks)[1] for held in block.held)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_with_block_inputs_on_the_host_too_neither_blocks_nor_inputs_stay(trained):
+    """Outputs and gradients are those of either and of neither; after the forward pass no block input is alive."""
+    found = []
+    for swapped, offloaded in itertools.product((0, 5), (False, True)):
+        model, inputs, swap = stack(trained=trained), [], None
+        if swapped:
+            chosen = [model.blocks[i] for i in swap_plan.spread(7, swapped)]
+            swap = BlockSwap(chosen, "cpu", collects=trained, checkpointed=True)
+            counts = watch(swap, list(model.blocks))
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda block, args, inputs=inputs: inputs.append(weakref.ref(args[0])))
+        activations = HostActivations("cpu", least=1)
+        checkpoint_blocks(model, ["blocks"], *([activations.around] if offloaded else []))
+        for step in range(2):
+            inputs.clear()
+            x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            out = model(x)
+            assert sum(ref() is not None for ref in inputs) == (1 if offloaded else 7)  # `x` is held here
+            out.square().sum().backward()
+            swap and swap.park()
+        found.append([out, x.grad, *(p.grad for p in model.parameters() if trained)])
+        assert activations.moved == (2 * 7 if offloaded else 0)
+    assert max(counts) <= 7 - 5 + 2 and len(counts) > 30
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], one, strict=True))
 
 
 def test_without_the_swap_of_saved_tensors_gradients_would_be_wrong():

@@ -8,9 +8,11 @@ from test_processes import run_all
 from training_support import losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 from library.errors import ConfigError
+from library.memory import activations
 
 STEPS = ("--max_train_steps", "4", "--learning_rate", "1e-2")
 CHECKPOINTED = ("--gradient_checkpointing",)
+OFFLOAD = "--cpu_offload_checkpointing"
 MOST = 7 - 2 + 1 + 1  # blocks of the three lists: 7, 3, 3
 
 
@@ -25,22 +27,27 @@ KINDS = {
     "lora": (),
     "lora bf16, checkpointing": ("--mixed_precision", "bf16", *CHECKPOINTED),
     "lora fp8, checkpointing, accumulation": ("--fp8_scaled", "--gradient_accumulation_steps", "2", *CHECKPOINTED),
+    "lora bf16, offload": ("--mixed_precision", "bf16", *CHECKPOINTED, OFFLOAD),
     "lora, pairs": ("--block_swap_ring_size", "3"),
     "full": (),
     "full, checkpointing, accumulation": ("--gradient_accumulation_steps", "2", *CHECKPOINTED),
+    "full, offload": (*CHECKPOINTED, OFFLOAD),
     "full bf16, checkpointing": ("--mixed_precision", "bf16", *CHECKPOINTED),
     "full, all bf16": ("--mixed_precision", "bf16", "--full_bf16", *CHECKPOINTED),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_files_are_equal_to_the_bit(toy, pictures, tmp_path, deep, kind):  # noqa: F811
+def test_losses_and_files_are_equal_to_the_bit(toy, pictures, tmp_path, deep, kind, monkeypatch):  # noqa: F811
+    """Against a run with neither swap nor offloaded block inputs."""
+    monkeypatch.setattr(activations, "LEAST", 1)
     extra, toml = (*STEPS, *deep, *KINDS[kind]), toy.with_name("toy_full.toml") if "full" in kind else toy
-    plain = [word for word in extra if word not in ("--block_swap_ring_size", "3")]
+    plain = [word for word in extra if word not in ("--block_swap_ring_size", "3", OFFLOAD)]
     train(toml, pictures, tmp_path / "plain", *plain)
     trainer = train(toml, pictures, tmp_path / "swapped", "--blocks_to_swap", str(MOST - 2), *extra)
     swap = trainer.runtime.memory.swap
     assert len(swap.blocks) == MOST - 2 and swap.entered > 4 * len(swap.blocks) and not swap.resident()
+    assert OFFLOAD not in extra or trainer.runtime.memory.activations.moved > 4 * len(swap.blocks)
     found = losses(tmp_path / "swapped")
     assert found == losses(tmp_path / "plain") and len(set(found)) == 4
     one, two = (load_file(tmp_path / name / "run.safetensors") for name in ("plain", "swapped"))
