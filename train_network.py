@@ -69,6 +69,7 @@ class NetworkTrainer:
             with self.runtime.phase("memory plan"):
                 self.plan.memory = plan_of_run.tell(self.options, self.plan, self.device, self.runtime.say)
         with self.runtime.phase("caching"):
+            self._tell_captions(early=True)
             self._prepare_conditions()
         with self.runtime.phase("loading"):
             self.denoiser = self.runtime.load_denoiser()
@@ -106,8 +107,7 @@ class NetworkTrainer:
             self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world,
             is_trained=self.plan.trained.any_text,
         )  # fmt: skip
-        if runtime.is_main:
-            self._report_truncations()
+        self._tell_captions(early=False)
         runtime.wait("caching")
         self.sample_conds = self._sample_conditions(encoders)  # a function: trained encoders give others every time
         runtime.release(keep_text=self.text.kept, keep_vae=not self.latents.cached)
@@ -126,13 +126,15 @@ class NetworkTrainer:
         made = [tuple({name: v.cpu() for name, v in cond.items()} for cond in pair) for pair in now()]
         return lambda: made
 
-    def _report_truncations(self) -> None:
-        """Name the captions that are longer than the model reads, with the part that is cut."""
-        from library.strategies import truncations
+    def _tell_captions(self, early: bool) -> None:
+        """Tokens of the captions and what is cut: before anything is encoded, or once a hub has given tokenizers."""
+        from library.components.tokenizers import not_here
+        from library.data import wording
 
-        cut = truncations(self.dataset, self.family, self.runtime.tokenizers)
-        shown = "".join(f"\n  {name}: ... {rest[:60]!r}" for name, rest in cut[:5])
-        print(f"captions: {len(cut)} of {len(self.dataset.items)} are longer than the model reads and are cut{shown}")
+        if self.runtime.is_main and early != bool(not_here(self.family, self.options)):
+            text = wording.told(wording.measured(self.dataset, self.family, self.runtime.tokenizers))
+            self.plan.text = f"{self.plan.text}\n{text}"
+            self.runtime.say(text)
 
     def _create_network(self) -> torch.nn.Module:
         options = self.options

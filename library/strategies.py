@@ -22,7 +22,7 @@ from library.checkpoints import path_of
 from library.components.tokenizers import tokenizer_paths
 from library.data import controls, images
 from library.data.cache import ContentHashes, Store
-from library.data.captions import is_changing, variants
+from library.data.captions import is_changing, variants, whole
 from library.data.dataset import item_rng
 from library.data.first_frames import FirstFrame
 from library.data.images import to_tensor
@@ -359,8 +359,8 @@ class CachedText:
 
 
 def plain_caption(item: Item) -> str:
-    """An item's caption without anything random, as validation uses it."""
-    return variants(item.caption, item.subset)[0]
+    """An item's caption with all of its tags and without anything random, as validation uses it."""
+    return whole(item.caption, item.subset)
 
 
 def text_source(
@@ -455,12 +455,3 @@ def _encode_texts(
         source.memory[request] = cond
         if store is not None:
             store.put(identities[request], cond)
-
-
-def truncations(dataset: Dataset, family: Family, tokenizers: list) -> list[tuple[str, str]]:
-    """(file name, the part that is cut) of every caption that is too long for the model."""
-    cut = (
-        (item.path.name, family.tokenize(tokenizers, family.caption_text(plain_caption(item)))[1])
-        for item in dataset.items
-    )
-    return [(name, rest) for name, rest in cut if rest]

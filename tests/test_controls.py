@@ -39,11 +39,11 @@ def made(folder: Path, *names: str, size=(64, 64)) -> Path:
     return folder
 
 
-def prepared(tmp_path, targets, extra="", family=None, head=HEAD, **changes):
+def prepared(tmp_path, targets, extra="", family=None, head=HEAD, collect=False, **changes):
     text = f"{head}[[datasets.subsets]]\nimage_dir = {json.dumps(str(targets))}\ncaption_extension = '.txt'\n{extra}"
     (tmp_path / "data.toml").write_text(text, encoding="utf-8")
     chosen = options(dataset_config=str(tmp_path / "data.toml"), **changes)
-    return prepare(chosen, family, 16)
+    return prepare(chosen, family, 16, collect=collect)
 
 
 def edits(most, text_pictures=None, least=0, size=None):
@@ -108,6 +108,19 @@ def test_incomplete_and_double_controls_are_named(tmp_path, targets, names, matc
     made(tmp_path / "one", *names, "b.png", "c.png")
     with pytest.raises(DatasetError, match=match):
         prepared(tmp_path, targets, "control_directory = 'one'\n")
+
+
+def test_a_control_that_is_there_twice_is_a_fault_of_its_picture_alone(tmp_path, targets):
+    made(tmp_path / "one", "a.png", "a.jpg", "b.png", "b_0.png", "b_0.jpg")
+    said = prepared(tmp_path, targets, "control_directory = 'one'\n", collect=True).report.faults
+    reasons = {Path(fault.file).name: fault.reason for fault in said}
+    assert set(reasons) == {"a.png", "b.png", "c.png"} and "b_0.jpg and b_0.png are the same" in reasons["b.png"]
+    made(tmp_path / "two", "a.png", "b.png", "b_0.png", "b_0.jpg", "c.png")
+    made(targets, "b_0.png")
+    (targets / "b_0.txt").write_text("b, again", encoding="utf-8")
+    data = prepared(tmp_path, targets, "control_directory = 'two'\n", skip_bad=True)
+    assert [item.path.name for item in data.items] == ["a.png", "b.png", "c.png"]  # what is twice is b_0's own
+    assert [path.name for path in data.items[1].controls] == ["b.png"]
 
 
 def test_a_damaged_control_and_a_missing_folder_are_named(tmp_path, targets):

@@ -294,6 +294,19 @@ def test_the_command_line_form_reads_repeats_and_class_tokens(tmp_path):
     assert sorted((i.caption, i.repeats) for i in data.items) == [("cat", 3), ("dog", 1)]
 
 
+def test_validation_and_previews_have_the_caption_with_all_of_its_tags_in_order(tmp_path, folder):
+    from library.data.preview import write_preview
+    from library.strategies import plain_caption
+
+    for path in folder.glob("*.txt"):
+        path.write_text("sks, a, b, c, d", encoding="utf-8")
+    text = "resolution = 64\nshuffle_caption = true\ncaption_tag_dropout_rate = 0.9\ntoken_warmup_step = 9\n"
+    data = prepare(options(dataset_config=dataset_file(tmp_path, folder, text)), None, 16)
+    assert {plain_caption(item) for item in data.items} == {"sks, a, b, c, d"}
+    write_preview(data, tmp_path / "preview")
+    assert {path.read_text() for path in (tmp_path / "preview").glob("*.txt")} == {"sks, a, b, c, d"}
+
+
 def test_metadata_files_give_captions_and_tags(tmp_path, folder):
     entries = {
         str(folder / "0.png"): {"caption": "a cat", "tags": "red, blue"},

@@ -140,6 +140,43 @@ def test_missing_and_empty_folders_and_lost_files_of_metadata_are_named_with_all
     assert all(any(name in note for note in report.notes) for name in parts)
 
 
+def test_of_a_metadata_file_only_the_lines_that_are_wrong_are_left_out(folder, tmp_path):
+    good = [{"image_path": str(folder / f"{k}.png"), "caption": f"a dog\u2028and {k}"} for k in (0, 1)]
+    wrong = {
+        "line 2": '{"image_path": "a.png",', "line 3": "[1]", "line 4": '{"caption": "no path"}', "7": '{"image_path": 7}',
+        "line 6": "[" * 100_000, "2.png": json.dumps({"image_path": str(folder / "2.png"), "caption": ["a"]}),
+    }  # fmt: skip
+    first, second = (json.dumps(one, ensure_ascii=False) for one in good)
+    place = tmp_path / "list.jsonl"
+    place.write_text("\n".join((first, *wrong.values(), "", second)), encoding="utf-8")
+    (tmp_path / "data.toml").write_text(f"{HEAD}[[datasets.subsets]]\nmetadata_file = '{place}'\n", encoding="utf-8")
+    given = options(dataset_config=str(tmp_path / "data.toml"))
+    report = doctor.examine(given, None, 8, collect=True).dataset.report
+    said = {fault.file.rpartition("/")[2].removeprefix("list.jsonl, "): fault.reason for fault in report.faults}
+    assert set(said) == set(wrong) and "list.jsonl" in said["2.png"] and "needs an image_path" in said["line 4"]
+    given = options(dataset_config=str(tmp_path / "data.toml"), skip_bad=True)
+    data = doctor.examine(given, None, 8).dataset
+    assert [item.caption for item in data.items] == ["a dog\u2028and 0", "a dog\u2028and 1"]
+    assert data.report.found == 8 == data.report.trained + data.report.dropped["cannot be used"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("nowhere", "no such folder"), ("empty", "10_cat for instance")])
+def test_a_folder_of_the_command_line_that_gives_nothing_joins_all_other_faults(folder, tmp_path, name, text):
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "empty").mkdir()
+    folder.rename(tmp_path / "parent" / "2_scene")
+    (tmp_path / "parent" / "2_scene" / "1.png").write_bytes(b"no")
+    given = {"resolution": (256, 256), "train_batch_size": 1, "caption_extension": ".txt"}
+    places = {"train_data_dir": str(tmp_path / "parent"), "reg_data_dir": str(tmp_path / name)}
+    report = doctor.examine(options(**given, **places), None, 8, collect=True).dataset.report
+    said = {Path(fault.file).name: fault.reason for fault in report.faults}
+    assert len(said) == 2 and "header cannot be read" in said.pop("1.png") and text in said.popitem()[1]
+    data = doctor.examine(options(**given, **places, skip_bad=True), None, 8).dataset
+    assert {item.path.name for item in data.items} == {"0.png", "2.png"}
+    with pytest.raises(DatasetError, match=text):
+        doctor.examine(options(**given, train_data_dir=places["reg_data_dir"]), None, 8)
+
+
 def test_where_nothing_remains_skip_bad_refuses_too(folder):
     for path in folder.glob("*.png"):
         path.write_bytes(b"no")
@@ -581,6 +618,9 @@ def test_a_run_looks_first_and_refuses_or_leaves_out(toy, folder, tmp_path, caps
     out = capsys.readouterr().out
     assert "warning: 1 files are the same picture or video as another file: copy.png" in out and "left out" in out
     assert len(trainer.dataset.items) == 4
+    counted = "tokens of the captions, without what the model puts around them:\n  text_encoder: longest "
+    assert counted in out and counted in trainer.plan.text
+    assert out.index(counted) < out.index("captions: 0 of 4 are longer than the model reads") < out.index("text: ")
 
 
 def test_the_doctor_needs_no_torch(folder, tmp_path):

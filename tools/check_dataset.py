@@ -72,13 +72,9 @@ def caption_lengths(examined: Examined, family: Family | None, options: Options)
         return None, "captions are not measured: --model_type says what a model reads"
     from library.components.tokenizers import load_tokenizers, not_here
 
-    if lacking := not_here(family, options):
-        return None, f"captions are not measured: give --{lacking} a folder or a hub id"
-    own = [part.name if where is part.tokenizer else where.option for where, part in family.tokenizers]
-    tokenizers = dict(zip(own, load_tokenizers(family, options), strict=True))
-    items = (*examined.dataset.items, *examined.dataset.validation)
-    texts = {item.file: findings.final_caption(item) for item in items}
-    return wording.lengths(texts, tokenizers, family.tokenize, family.caption_text), ""
+    if lacking := [option for option in not_here(family, options) if not getattr(options, option)]:
+        return None, f"captions are not measured: give --{lacking[0]} a folder or a hub id"
+    return wording.measured(examined.dataset, family, load_tokenizers(family, options)), ""
 
 
 def print_report(examined: Examined) -> None:

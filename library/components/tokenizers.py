@@ -64,13 +64,10 @@ def check_tokenizers(family: Family, options: Any) -> None:
             raise ConfigError(f"--{where.option} {value}: no such folder (and not a hub id of the form owner/name)")
 
 
-def not_here(family: Family, options: Any) -> str:
-    """The option of a tokenizer that would have to be loaded from a hub that nobody named; "" if there is none."""
-    for where, part in family.tokenizers:
-        path, _ = tokenizer_path(part, options, where)
-        if not (getattr(options, where.option) or Path(path).exists() or where.load is load_byt5):
-            return where.option
-    return ""
+def not_here(family: Family, options: Any) -> list[str]:
+    """The options of those tokenizers that are not on this disk and would have to come from a hub."""
+    placed = ((where, tokenizer_path(part, options, where)[0]) for where, part in family.tokenizers)
+    return [where.option for where, path in placed if not (Path(path).exists() or where.load is load_byt5)]
 
 
 def load_tokenizer(path: str, subfolder: str = "", option: str = "tokenizer") -> Any:

@@ -18,6 +18,7 @@ from library.errors import ConfigError, DatasetError, nearest
 from library.option_kinds import is_path
 
 LARGEST = 65536  # pixels of a side
+NAMING = "<repeats>_<name>"  # of the folders in --train_data_dir
 MOST = 10**6  # repeats of a picture, frames of a clip: more is a slip, and would fill the memory
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
@@ -172,11 +173,13 @@ def load_dataset_config(options: Any) -> tuple[DatasetSpec, ...]:
 
 
 def _folders(parent: str, is_reg: bool) -> list[dict]:
-    """sd-scripts' command-line form: `<repeats>_<class tokens>` folders in a parent folder."""
-    root = Path(parent)
-    if not root.is_dir():
-        raise DatasetError(f"{parent}: no such folder")
-    found = []
+    """sd-scripts' command-line form: `<repeats>_<class tokens>` folders in a parent folder.
+
+    A parent that is not there or has none gives one subset whose folder does not exist.
+    """
+    root, found = Path(parent), []
+    if not root.is_dir():  # the reader of subsets names it, together with all else that is wrong
+        return [{"image_dir": parent, "is_reg": is_reg}]
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         repeats, _, tokens = folder.name.partition("_")
         if repeats.isdigit():
@@ -189,7 +192,7 @@ def _folders(parent: str, is_reg: bool) -> list[dict]:
                 }
             )
     if not found:
-        raise DatasetError(f"{parent}: there is no folder named <repeats>_<name> in it, '10_cat' for instance")
+        return [{"image_dir": str(root / NAMING), "is_reg": is_reg}]
     return [{k: v for k, v in entry.items() if v is not None} for entry in found]
 
 

@@ -38,21 +38,25 @@ class _Folder:
         self.folder, self.used = folder, set()
         self.exact: dict[str, scan.Found] = {}
         self.numbered: dict[str, dict[int, scan.Found]] = {}
+        self.double: dict[str, list[list[str]]] = {}  # stem of a picture -> pairs of names that are the same control
         for found in scan.scan_folder(folder, None, index)[0]:
             stem = Path(found.path).stem
-            self._put(self.exact, stem, found)
+            self._put(self.exact, stem, stem, found)
             if match := NUMBERED.match(stem):
-                self._put(self.numbered.setdefault(match[1], {}), int(match[2]), found)
+                self._put(self.numbered.setdefault(match[1], {}), int(match[2]), match[1], found)
 
-    def _put(self, table: dict, key: str | int, found: scan.Found) -> None:
+    def _put(self, table: dict, key: str | int, picture: str, found: scan.Found) -> None:
         if key in table:
             both = sorted(Path(one.path).name for one in (table[key], found))
-            raise DatasetError(f"{self.folder}: {both[0]} and {both[1]} are the same control picture; remove one")
+            self.double.setdefault(picture, []).append(both)
         table[key] = found
 
     def of(self, path: str, stems: set[str]) -> list[scan.Found]:
-        """The controls of the picture `path`, in order; `stems` are those of all pictures."""
+        """The controls of the picture `path`, in order; `stems` are those of all pictures. Raises DatasetError."""
         stem = Path(path).stem
+        for one, other in self.double.get(stem, ()):
+            if not {Path(one).stem, Path(other).stem} & stems - {stem}:  # else they are another picture's
+                raise DatasetError(f"{self.folder}: {one} and {other} are the same control picture; remove one")
         numbered = self.numbered.get(stem, {})
         own = {n: found for n, found in numbered.items() if Path(found.path).stem not in stems}
         if stem not in self.exact and len(own) < len(numbered):
@@ -76,8 +80,8 @@ class _Folder:
 def attach(rows: list[scan.Found], subset: SubsetSpec, index_of: Callable[[Path], Path | None], report: Report) -> None:
     """Give every row the controls of the subset's folders. Rows that name their own keep them.
 
-    Faults: pictures without a control or a folder of them, gaps in numbers, a control that fits two pictures. Raises
-    DatasetError for a folder that holds a control twice.
+    Faults: pictures without a control or a folder of them, gaps in numbers, a control that fits two pictures, one that
+    is there twice.
     """
     open_rows = [row for row in rows if not row.controls]
     stems = {Path(row.path).stem for row in rows}

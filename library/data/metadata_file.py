@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from library.errors import DatasetError
 
 
 def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
-    """Pictures and videos of a metadata file, in its order. Raises DatasetError naming the file, the line, the picture.
+    """Pictures and videos of a metadata file, in its order. Raises DatasetError for a file that cannot be read at all.
 
-    One whose file is not there has that as its problem. What decoding a video shows is remembered in `index_folder`.
+    A line or an entry that is not what it has to be has that as its problem, and so has one whose file is not there.
+    What decoding a video shows is remembered in `index_folder`.
     """
     path = Path(subset.metadata_file or "")
     if path.exists() and not path.is_file():  # a device has no end, and a pipe waits for somebody who writes
@@ -27,7 +28,7 @@ def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
         raise DatasetError(f"metadata_file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"metadata_file {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    rows = [_found(key, entry, subset, path) for key, entry in _entries(text, path)]
+    rows = [entry if isinstance(entry, Found) else _row(*entry, subset, path) for entry in _entries(text, path)]
     if not rows:
         raise DatasetError(f"metadata_file {path}: there is no picture and no video in it")
     if any(_is_video(row) for row in rows if not row.problem):
@@ -40,44 +41,67 @@ def read_metadata(subset: SubsetSpec, index_folder: Path | None) -> list[Found]:
     return rows
 
 
-def _entries(text: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]] | Found]:
+    """(path, what is said of it), or what is wrong with a line. Raises DatasetError for JSON that is no table."""
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold other line ends
+            if line.strip():
+                try:
+                    yield _line(line)
+                except (ValueError, RecursionError) as error:
+                    yield Found(f"{path}, line {number}", (0, 0), None, None, f"it is not valid ({str(error)[:160]})")
+        return
     try:
-        if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return [(line["video_path"] if "video_path" in line else line["image_path"], line) for line in lines]
         content = json.loads(text)
-        return [(key, value if isinstance(value, dict) else {"caption": value}) for key, value in content.items()]
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"metadata_file {path} is not valid: {error}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise DatasetError(
-            f"metadata_file {path}: every line needs an image_path or a video_path, every entry a table"
-        ) from None
+    if not isinstance(content, dict):
+        raise DatasetError(f"metadata_file {path}: it has to be a table of paths")
+    yield from ((key, value if isinstance(value, dict) else {"caption": value}) for key, value in content.items())
+
+
+def _line(text: str) -> tuple[str, dict[str, Any]]:
+    """Raises ValueError."""
+    entry = json.loads(text)
+    key = entry.get("video_path", entry.get("image_path")) if isinstance(entry, dict) else None
+    if key is None:
+        raise ValueError("a line needs an image_path or a video_path")
+    return key, entry
 
 
 def _is_video(row: Found) -> bool:
     return Path(row.path).suffix.lower() not in EXTENSIONS or Path(row.path).is_dir()
 
 
-def _text(entry: dict[str, Any], name: str, key: str, source: Path) -> str:
-    """A value that is a text, or is not there."""
+def _text(entry: dict[str, Any], name: str) -> str:
+    """A value that is a text, or is not there. Raises ValueError."""
     value = entry.get(name)
     if value is not None and not isinstance(value, str):
-        raise DatasetError(f"metadata_file {source}: {name} of {key[:200]} is {str(value)[:80]!r}, and no text")
+        raise ValueError(f"its {name} is {str(value)[:80]!r}, and no text")
     return (value or "").strip()
 
 
-def _found(key: Any, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
+def _row(key: Any, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> Found:
+    """The picture or video of one entry; what is wrong with it is its problem."""
     if not isinstance(key, str):
-        raise DatasetError(f"metadata_file {source}: {str(key)[:80]!r} is no path of a file")
+        return Found(str(key)[:200], (0, 0), None, None, f"it is no path of a file, and {source} names it")
     folders = [folder for folder in (subset.image_dir, subset.video_directory) if folder]
     path = _picture(key, folders, source)
     if path is None:
         where = f" in {' or '.join(folders)}" if folders else ""
         return Found(key[:200], (0, 0), None, None, f"{key[:200]} is not found{where}, and {source} names it")
-    caption, tags = (_text(entry, name, key, source) for name in ("caption", "tags"))
     stat = path.stat()
     found = Found(str(path), (stat.st_size, stat.st_mtime_ns), None, None)
+    try:
+        _read_entry(found, entry, subset, source)
+    except ValueError as error:
+        found.problem = f"{error} ({source})"
+    return found
+
+
+def _read_entry(found: Found, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> None:
+    """Caption, size and controls. Raises ValueError in words that go on with "it"."""
+    caption, tags = (_text(entry, name) for name in ("caption", "tags"))
     joined = subset.caption_separator.rstrip() + " "
     if tags and subset.enable_wildcard and caption:
         found.caption = "\n".join(f"{line}{joined}{tags}" for line in caption.splitlines() if line.strip())
@@ -85,17 +109,19 @@ def _found(key: Any, entry: dict[str, Any], subset: SubsetSpec, source: Path) ->
         found.caption = joined.join(part for part in (caption, tags) if part)
     if _is_video(found):
         if beside := [name for name in entry if name.startswith("control")]:
-            raise DatasetError(f"metadata_file {source}: {key} has {beside[0]}, but a video has no control pictures")
-        return found
-    found.size, found.problem = size_of(str(path))
-    found.controls, lost = _controls(key, entry, subset, source)
+            raise ValueError(f"it has {beside[0]}, but a video has no control pictures")
+        return
+    found.size, found.problem = size_of(found.path)
+    found.controls, lost = _controls(entry, subset, source)
     if lost:
         found.problem = f"its control picture {lost[0]} is not found"
-    return found
 
 
-def _controls(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path) -> tuple[tuple[Found, ...], list[str]]:
-    """The pictures of control_path, or of control_path_0, control_path_1, ... by number; and what is not found."""
+def _controls(entry: dict[str, Any], subset: SubsetSpec, source: Path) -> tuple[tuple[Found, ...], list[str]]:
+    """The pictures of control_path, or of control_path_0, control_path_1, ... by number; and what is not found.
+
+    Raises ValueError.
+    """
     given: dict[int, str] = {}
     for name, value in entry.items():
         if not name.startswith("control") or value is None:
@@ -103,8 +129,8 @@ def _controls(key: str, entry: dict[str, Any], subset: SubsetSpec, source: Path)
         match = re.fullmatch(r"control_path(?:_(\d+))?", name)
         number = int(match[1] or 0) if match else 0
         if match is None or number in given or not isinstance(value, str):
-            raise DatasetError(
-                f"metadata_file {source}: {key} has {name} = {value!r}; a control picture is the text of control_path, "
+            raise ValueError(
+                f"it has {name} = {str(value)[:80]!r}; a control picture is the text of control_path, "
                 "several are control_path_0, control_path_1, ..."
             )
         given[number] = value

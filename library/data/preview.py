@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from library.data import controls, images, videos
-from library.data.captions import variants
+from library.data.captions import whole
 from library.data.dataset import item_rng
 from library.errors import DiskError
 
@@ -51,7 +51,7 @@ def _write_item(item: Item, folder: Path, fps: float | None) -> None:
         Image.fromarray(pixels[0] if pixels.ndim == 4 else pixels).save(folder / f"{name}.png")
     for number, control in enumerate(controls.load(item)):
         Image.fromarray(_bytes(control)).save(folder / f"{name}_control_{number}.png")
-    (folder / f"{name}.txt").write_text(variants(item.caption, item.subset)[0], encoding="utf-8")
+    (folder / f"{name}.txt").write_text(whole(item.caption, item.subset), encoding="utf-8")
 
 
 def _bytes(tensor: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.data import clips, controls, scan
-from library.data.config import SubsetSpec
+from library.data.config import NAMING, SubsetSpec
 from library.data.items import BLANK, Account, Fault, Item, Report
 from library.errors import ConfigError, DatasetError
 
@@ -68,7 +68,7 @@ def _read_folder(
 ) -> list[scan.Found]:
     folder, key = subset.folder, "video_directory" if subset.video_directory else "image_dir"
     if not folder.is_dir():
-        raise DatasetError(f"there is no such folder ({key})")
+        raise DatasetError(f"there is no such folder{', 10_cat for instance' * (folder.name == NAMING)} ({key})")
     rows, others = scan_folder(folder, subset.caption_extension, index_folder(folder, options))
     if strange := sorted(name for name in others if Path(name).suffix not in KNOWN):
         report.notes.append(f"{folder}: {len(strange)} files are no {what}s ({', '.join(strange[:3])})")

@@ -1,7 +1,4 @@
-"""What the captions of a dataset say: which words nearly all of them share, how many tokens each has; no torch.
-
-Only for the doctor's tool: a run does not ask.
-"""
+"""What the captions of a dataset say: which words nearly all of them share, how many tokens each has; no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from library.data.items import SHOWN, names
 if TYPE_CHECKING:
     from library.data.dataset import Dataset
     from library.data.items import Item
+    from library.families.family import Family
 
 MOST = 0.9  # part of the captions from which on a word was probably meant for all of them
 TAG_WORDS = 3  # a piece between commas that is a tag has on average no more words
@@ -177,6 +175,13 @@ def lengths(
     return Lengths({key: counts[text] for key, text in captions.items()}, cut, over)
 
 
+def measured(dataset: Dataset, family: Family, tokenizers: list[Any]) -> Lengths:
+    """Of every caption as it is trained without shuffling and dropout, by file; tokenizers in the family's order."""
+    own = [part.name if where is part.tokenizer else where.option for where, part in family.tokenizers]
+    texts = {item.file: final_caption(item) for item in (*dataset.items, *dataset.validation)}
+    return lengths(texts, dict(zip(own, tokenizers, strict=True)), family.tokenize, family.caption_text)
+
+
 # ---------------------------------------------------------------- in words
 
 
@@ -198,6 +203,13 @@ def lines(covered: list[Coverage], measured: Lengths | None) -> Iterator[str]:
             files = ", ".join(Path(key).name for key in word.lacking)
             kind = "tag" if one.tags else "trigger word"
             yield f'{kind} "{word.text}": in {word.have} of {what}, not in {files}{more}'
+
+
+def told(found: Lengths) -> str:
+    """What a run says of its captions before anything is encoded: tokens, how many are cut, the first by name."""
+    shown = [f"  {Path(file).name}: ... {rest[:60]!r}" for file, rest in list(found.ends.items())[:SHOWN]]
+    cut = f"captions: {len(found.ends)} of {len(found.tokens)} are longer than the model reads and are cut"
+    return "\n".join([*lines([], found), cut, *shown])
 
 
 def as_dict(one: Coverage) -> dict[str, Any]:
