@@ -20,8 +20,9 @@ from torch import Tensor
 
 from library.checkpoints import path_of
 from library.components.tokenizers import tokenizer_paths
-from library.data import controls, images
+from library.data import cache_start, controls, images
 from library.data.cache import ContentHashes, Store
+from library.data.cache_start import Progress
 from library.data.captions import is_changing, variants, whole
 from library.data.dataset import item_rng
 from library.data.first_frames import FirstFrame
@@ -172,11 +173,15 @@ def latent_source(
     if store is not None:  # in memory every process encodes what it needs itself
         share = jobs[rank::world]  # before looking: what others write meanwhile must not shift the shares
         jobs = [job for job in share if store.get(identities[job[0].index, job[1]]) is None]
-    if jobs:
-        encode_latents(jobs, source, family, encoders, max(1, options.vae_batch_size))
     if store is not None and rank == 0:
-        note = f", {store.damaged} damaged files made anew" if store.damaged else ""
-        say(f"latents: {len(share) - len(jobs)} of {len(share)} were cached{note}")
+        files = {identities[item.index, flip]: item.file for item, flip in latent_jobs(dataset)}
+        rest = cache_start.told("latents", store, files, [identities[item.index, flip] for item, flip in jobs])
+        say(f"latents: {len(share) - len(jobs)} of {len(share)} were cached{rest}")
+    if jobs:
+        what = "latents of this process" if store and world > 1 else "latents"
+        pixels = sum(math.prod(item.bucket) for item, _ in jobs)
+        forecast = Progress(what, len(jobs), pixels, store and store.folder, say if rank == 0 else lambda text: None)
+        encode_latents(jobs, source, family, encoders, max(1, options.vae_batch_size), forecast)
     return source
 
 
@@ -208,7 +213,12 @@ def latent_identities(
 
 
 def encode_latents(
-    jobs: list[tuple[Item, bool]], source: CachedLatents, family: Family, encoders: Encoders, size: int
+    jobs: list[tuple[Item, bool]],
+    source: CachedLatents,
+    family: Family,
+    encoders: Encoders,
+    size: int,
+    forecast: Progress,
 ) -> None:
     """Encode pictures in batches of one bucket; threads decode the next pictures and write the last ones meanwhile."""
     order = sorted(jobs, key=lambda job: job[0].bucket)
@@ -226,9 +236,9 @@ def encode_latents(
             waiting.append((batch, [readers.submit(_pixels, item, flip) for item, flip in batch]))
             if len(waiting) < 3 and sum(_bytes(one) for one, _ in waiting) < AHEAD:  # memory stays bounded
                 continue
-            _encode_one(*waiting.popleft(), source, family, encoders, writer, written)
+            _encode_one(*waiting.popleft(), source, family, encoders, writer, written, forecast)
         while waiting:
-            _encode_one(*waiting.popleft(), source, family, encoders, writer, written)
+            _encode_one(*waiting.popleft(), source, family, encoders, writer, written, forecast)
         while written:
             written.popleft().result()
 
@@ -250,6 +260,7 @@ def _encode_one(
     encoders: Encoders,
     writer: ThreadPoolExecutor,
     written: deque[Future],
+    forecast: Progress,
 ) -> None:
     given, vae = [future.result() for future in futures], encoders.vae()
     device = next(vae.parameters()).device
@@ -268,6 +279,7 @@ def _encode_one(
                 f"{item.path}: the VAE gives latents that are not finite numbers; is the picture or the VAE damaged?"
             )
         entry = {"latents": value.clone(), **stored(cond)}
+        forecast.add(1, math.prod(item.bucket), sum(one.nbytes for one in entry.values()))
         if source.store is None:
             source.memory[item.index, flip] = entry
         else:
@@ -388,11 +400,14 @@ def text_source(
             if found is not None:
                 source.memory[request] = found
     missing = [request for request in requests if request not in source.memory]
-    if missing:
-        _encode_texts(missing, source, family, load_encoders, store if rank == 0 else None, identities)
     if rank == 0:
-        note = f", {store.damaged} damaged files made anew" if store and store.damaged else ""
-        say(f"text: {len(requests)} captions and prompts, {len(requests) - len(missing)} were cached{note}")
+        files = {identities[request]: file for request, file in requests.items()} if store else {}
+        rest = cache_start.told("text", store, files, [identities[one] for one in missing]) if store else ""
+        say(f"text: {len(requests)} captions and prompts, {len(requests) - len(missing)} were cached{rest}")
+    if missing:
+        tell = say if rank == 0 else lambda text: None
+        forecast = Progress("text", len(missing), len(missing), store and store.folder, tell)
+        _encode_texts(missing, source, family, load_encoders, store if rank == 0 else None, identities, forecast)
     return source
 
 
@@ -442,6 +457,7 @@ def _encode_texts(
     load_encoders: Callable,
     store: Store | None,
     identities: dict[Request, str],
+    forecast: Progress,
 ) -> None:
     encoders, tokenizers = load_encoders()
     device = next(encoders[0].parameters()).device
@@ -453,5 +469,6 @@ def _encode_texts(
         if not all(torch.isfinite(value).all() for value in cond.values()):
             raise DatasetError(f"the text encoder gives no finite numbers for the caption {request.caption[:80]!r}")
         source.memory[request] = cond
+        forecast.add(1, 1, sum(value.nbytes for value in cond.values()))
         if store is not None:
             store.put(identities[request], cond)

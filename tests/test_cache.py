@@ -11,6 +11,7 @@ from PIL import Image
 from test_data import dataset_file, folder, options, picture  # noqa: F401  (fixtures)
 
 from library import strategies
+from library.data import cache_start
 from library.data.dataset import prepare
 from library.errors import ConfigError, DatasetError
 from library.families.family import Tokenizer
@@ -177,6 +178,46 @@ def test_latents_that_are_no_numbers_name_their_picture(run, monkeypatch):
     )
     with pytest.raises(DatasetError, match=r"\d\.png"):
         run()
+
+
+def test_after_its_first_entry_the_forecast_of_a_cache_is_the_size_that_it_gets(run, monkeypatch):
+    totals, made = [], []
+
+    class Noted(cache_start.Progress):
+        def add(self, *values):
+            super().add(*values)
+            totals.append((self.what, self.total))
+
+    monkeypatch.setattr(strategies, "Progress", Noted)
+    run(dataset_text="resolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nbucket_reso_steps = 16\n")
+    for path in (run.folder / ".lorasmith" / "latents").rglob("*.safetensors"):
+        data = path.read_bytes()
+        made.append(len(data) - 8 - int.from_bytes(data[:8], "little"))
+    assert len(set(made)) > 1  # buckets of different sizes
+    assert {total for what, total in totals if what == "latents"} == {sum(made)}
+
+
+def test_the_time_that_is_left_is_told_after_seconds_and_then_every_minute(tmp_path, monkeypatch):
+    said, now = [], [100.0]
+    monkeypatch.setattr(cache_start.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3e12))
+    progress = cache_start.Progress("latents", 1000, 4000, tmp_path, said.append, lambda: now[0])
+    for _ in range(40):  # one in two seconds, four pixels and a gigabyte each
+        progress.add(1, 4, 10**9)
+        now[0] += 2
+    assert said == [
+        "latents: 4 of 1000 made, 0.5 a second, 33 min left; 1000.00 GB in all, 3000.00 GB are free",
+        "latents: 34 of 1000 made, 0.5 a second, 32 min left; 1000.00 GB in all, 3000.00 GB are free",
+    ]
+    assert [cache_start.spoken(s) for s in (40, 700, 9000)] == ["40 s", "12 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(("count", "free", "warns"), [(4, 10**9, False), (4, 700, True), (1, 700, False)])
+def test_a_cache_that_will_not_fit_is_a_warning_after_its_first_entry(tmp_path, monkeypatch, count, free, warns):
+    said = []
+    monkeypatch.setattr(cache_start.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    progress = cache_start.Progress("text", count, count, tmp_path, said.append)
+    progress.add(1, 1, 300)
+    assert len(said) == warns and all("warning: text: about 0.00 GB more will be written" in line for line in said)
 
 
 def test_a_value_takes_two_bytes_on_the_disk(run):

@@ -76,7 +76,12 @@ def test_each_reason_is_named_with_its_files_and_the_run_makes_just_these(run):
     assert found["latents"]["not_read"] == found["text"]["not_read"] == 1
     assert "to make 1: the picture was changed (2.png)" in tool("status")
     out = again()
-    assert "latents: 4 of 6 were cached" in out and "7 captions and prompts, 5 were cached" in out
+    assert (
+        "latents: 4 of 6 were cached; 1 to make: the picture was changed (2.png); 1 to make: a new picture (9.png); "
+        "1 that this run does not read\n"
+    ) in out
+    edited = "2 to make: a new or edited caption (1.png, 9.png); 1 that this run does not read\n"
+    assert f"7 captions and prompts, 5 were cached; {edited}" in out and out.index(edited) < out.index("training ")
 
 
 @pytest.mark.parametrize(
@@ -127,8 +132,14 @@ def test_damage_is_found_by_name_and_removed_when_asked(run):
     text = tool("verify", "--remove", alone=True)
     assert all(str(path) in text for path in broken) and not any(path.exists() for path in broken)
     assert "8 entries read, 0 damaged" in tool("verify", alone=True)
+    first = next((folder / ".lorasmith" / "latents").rglob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-3] + b"abc")
     out = again()
-    assert "latents: 3 of 5 were cached" in out and "11 entries read, 0 damaged" in tool("verify", alone=True)
+    assert (
+        "latents: 2 of 5 were cached; " in out
+        and "; 1 to make: damaged (" in out
+        and "11 entries read, 0 damaged" in tool("verify", alone=True)
+    )
 
 
 def test_prune_shows_first_and_deletes_only_what_no_named_run_reads(run, tmp_path):

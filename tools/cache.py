@@ -85,11 +85,6 @@ def size(entries: list[report.Entry]) -> str:
     return f"{total / 1024**3:.2f} GB" if total >= 1024**3 else f"{total / 1024**2:.1f} MB"
 
 
-def names(files: list[str]) -> str:
-    shown = [Path(file).name if file else "a prompt" for file in files[:3]]
-    return ", ".join(shown) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-
-
 def status(folder: Path, needs: list[report.Need] | None) -> dict[str, Any]:
     entries, files = report.entries_of(folder), report.Files(folder)
     damaged = [entry for entry in entries if entry.problem]
@@ -110,7 +105,7 @@ def status(folder: Path, needs: list[report.Need] | None) -> dict[str, Any]:
             f"{kind}: {len(found.valid)} valid ({size(found.valid)}), {lacking} to make, {len(unused)} not read"
         )
         for reason, some in found.lacking.items():
-            lines.append(f"  to make {len(some)}: {reason} ({names([need.file for need in some])})")
+            lines.append(f"  to make {len(some)}: {reason} ({report.named([need.file for need in some])})")
         lines += [f"  not read {len(some)}: made for {name} ({size(some)})" for name, some in found.unused.items()]
         out[kind] |= {
             "valid": len(found.valid), "not_read": len(unused),

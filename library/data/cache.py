@@ -26,10 +26,10 @@ HASHES = "hashes.json"
 
 
 class Store:
-    """Entries of tensors in a folder; `misses` are the identities whose file was there but not good."""
+    """Entries of tensors in a folder; `damaged` are the identities whose file was there but not good."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.damaged = folder, 0
+        self.folder, self.damaged = folder, set[str]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -53,7 +53,7 @@ class Store:
         metadata = sealed(data)
         if metadata is not None and metadata.get("identity") == identity:
             return load(data)
-        self.damaged += 1
+        self.damaged.add(identity)
         return None
 
     def put(self, identity: str, tensors: dict[str, Tensor]) -> None:

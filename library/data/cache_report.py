@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.data.cache import HASHES, sealed
+from library.data.items import names
 from library.errors import ConfigError
 from library.headers import read_header
 
@@ -183,6 +184,11 @@ def reasons(kind: str, entries: list[Entry], files: Files) -> Callable[[Need], s
         return DIFFERENCES["picture"] if any(digest in by_key for digest in earlier) else "a new picture"
 
     return why
+
+
+def named(files: list[str], shown: int = 3) -> str:
+    """The first of some files by name, and how many more there are; "" is a prompt."""
+    return names([Path(file).name if file else "a prompt" for file in files], shown)
 
 
 def described(entry: Entry, files: Files) -> list[str]:
