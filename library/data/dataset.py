@@ -150,6 +150,8 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            gc.freeze()  # and back, among the old ones: else the first new object starts a walk over all of them
+            gc.unfreeze()
             gc.enable()
 
 

@@ -36,7 +36,7 @@ def scan_folder(folder: Path, caption_extension: str, index_folder: Path | None)
     for one, entry in zip(found, entries, strict=True):
         text = captions.get(entry.name if entry.is_dir() else Path(entry.name).stem)
         if text is not None and not one.problem:
-            one.caption, one.problem = scan.read_caption(text)
+            one.caption, one.problem = scan.read_caption(text.path)
     return found, others
 
 

@@ -84,11 +84,6 @@ def items_of(
 
     None for one without caption or mask and for a video that gives no times: faults of the report.
     """
-
-    def fault(reason: str) -> list[Item]:
-        report.faults.append(Fault(row.path, "picture" if row.video is None else "video", reason))
-        return []
-
     caption = row.caption or subset.class_tokens
     if caption is None:
         state = "is empty" if row.caption is not None else "is missing"
@@ -96,7 +91,7 @@ def items_of(
         other = next((e for e in TEXTS if row.caption is None and Path(row.path).with_suffix(e).is_file()), None)
         advice = "write one, or give the subset class_tokens as the caption of all"
         advice = f"there is {Path(row.path).stem}{other}: set caption_extension = '{other}'" if other else advice
-        return fault(f"its caption ({file}) {state} ({advice})")
+        return _fault(row, report, f"its caption ({file}) {state} ({advice})")
     weight = options.prior_loss_weight if subset.is_reg else 1.0
     item = Item(
         0, row.path, caption, row.size, row.stat, subset, dataset, BLANK, subset.num_repeats, subset.is_reg, weight
@@ -106,13 +101,13 @@ def items_of(
         try:
             return _clips_of(item, row, subset, rule, report)
         except ValueError as error:
-            return fault(str(error))
+            return _fault(row, report, str(error))
     if subset.conditioning_data_dir:
         item.mask_path = _mask_of(Path(row.path), subset)
         if item.mask_path is None:
-            return fault(f"there is no mask {Path(row.path).stem}.* in {subset.conditioning_data_dir}")
+            return _fault(row, report, f"there is no mask {Path(row.path).stem}.* in {subset.conditioning_data_dir}")
         if problem := report.bad.get(str(item.mask_path)):
-            return fault(f"its mask {item.mask_path}: {problem}")
+            return _fault(row, report, f"its mask {item.mask_path}: {problem}")
     if row.controls:
         if moving := subset.moving:
             raise ConfigError(
@@ -122,6 +117,11 @@ def items_of(
         item.controls = tuple(Path(control.path) for control in row.controls)
         item.control_sizes = tuple(control.size for control in row.controls)
     return [item]
+
+
+def _fault(row: scan.Found, report: Report, reason: str) -> list[Item]:
+    report.faults.append(Fault(row.path, "picture" if row.video is None else "video", reason))
+    return []
 
 
 def _clips_of(item: Item, row: scan.Found, subset: SubsetSpec, rule: FrameRule | None, report: Report) -> list[Item]:
