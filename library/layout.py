@@ -203,6 +203,35 @@ def our_view(rows: Iterable[Row], theirs: Mapping[str, Shape]) -> dict[str, Shap
     return found
 
 
+def our_shapes(rows: Iterable[Row], theirs: Mapping[str, Shape]) -> dict[str, Shape]:
+    """An original file's shapes under our names, fused tensors apart, without a model that says how they divide.
+
+    Of what a fused weight holds the first, q, has as many rows as the weight has columns; so have k and v where a
+    fourth, the MLP, takes the rest, else they share the rest. tests/test_check.py holds this against every model.
+    """
+    below, found = _below(theirs), {}
+    for r in rows:
+        for i in itertools.count() if "{i}" in r.theirs else (0,):
+            name = r.theirs.replace("{i}", str(i))
+            if name not in below:
+                break
+            ours = [o.replace("{i}", str(i)) for o in r.ours]
+            width = tuple(theirs.get(f"{name}.weight", (0, 0)))[1:2]
+            for leaf in below[name]:
+                shape = tuple(theirs[name + leaf])
+                shape = r.op.shape(shape) if r.op else shape  # every operation on a denoiser's shape is its own inverse
+                found.update(zip((o + leaf for o in ours), _divided(shape, len(ours), *width), strict=True))
+    return found
+
+
+def _divided(shape: Shape, parts: int, width: int = 0) -> list[Shape]:
+    if parts == 1:
+        return [shape]
+    same = 1 if parts == 3 else parts - 1  # leading parts of `width` rows; the others share what remains
+    rest = (shape[0] - same * width) // (parts - same)
+    return [(n, *shape[1:]) for n in (width,) * same + (rest,) * (parts - same)]
+
+
 def count(keys: Iterable[str], name: str) -> int:
     """How many numbered blocks `name.0`, `name.1`, ... these keys have: one more than the highest number."""
     start = name + "."

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import ConfigError, nearest
 from library.layout import Entry, Layout
+from networks import kinds
+from networks.kinds import OTHER_KINDS, ROLES
 from networks.names import Finder, Names, Place, Space, is_text, modules_of, places_of, spaces_of
 
 if TYPE_CHECKING:
@@ -60,27 +62,6 @@ FORMATS: dict[str, Format] = {
             "ours",
         ),
     )
-}
-
-PAIRS = (  # every spelling of the two matrices that ComfyUI reads
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    (".lora.down.weight", ".lora.up.weight"),
-    ("_lora.down.weight", "_lora.up.weight"),
-    (".lora_A", ".lora_B"),
-)
-ROLES = {**{d: "down" for d, _ in PAIRS}, **{u: "up" for _, u in PAIRS}, ".alpha": "alpha"}
-OTHER_KINDS = {  # suffixes of adapters that are not plain LoRA -> what they are
-    ".dora_scale": "DoRA",
-    ".lora_mid.weight": "LoCon with a middle matrix",
-    ".hada_w1_a": "LoHa",
-    ".lokr_w1": "LoKr",
-    ".lokr_w1_a": "LoKr",
-    ".oft_blocks": "OFT",
-    ".diff": "full difference",
-    ".diff_b": "bias difference",
 }
 
 
@@ -306,21 +287,21 @@ def check_file(path: Any, names: Names, family: Any = None) -> tuple[int, int, l
 
 
 def check_keys(shapes: Mapping[str, tuple[int, ...]], names: Names) -> tuple[int, int, list[str]]:
-    """`check_file` for keys and shapes. A file whose prefix is a known format's has to have that format's names.
-
-    Of adapters of other kinds (third-party networks) the names are checked, not the shapes.
-    """
+    """`check_file` for keys and shapes. A file whose prefix is a known format's has to have that format's names."""
     places = _format_places(detect_format(shapes, names), names)
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     wrong = []
     for key in shapes:
-        stem, role = split_key(key) or ("", "")
+        stem, role = kinds.split(key)
         if (stem or _known_stem(key, places)) not in places:
             wrong.append(key)
         elif role:
             modules[stem][role] = key
     for stem, keys in modules.items():
-        if keys.keys() != {"alpha"} and not _fits(keys, shapes, places[stem]):
+        place = places[stem]
+        bias = place.layout.by_theirs.get(place.entry.theirs.removesuffix("weight") + "bias")
+        weight = (place.rows, *place.entry.shape[1:])
+        if kinds.fault({role: shapes[key] for role, key in keys.items()}, weight, bias and (place.rows,)):
             wrong += keys.values()
     return len(shapes) - len(wrong), len(shapes), sorted(wrong)
 
@@ -354,11 +335,6 @@ def _known_stem(key: str, places: Mapping[str, Place]) -> str:
     while stem and stem not in places:
         stem = stem.rpartition(".")[0]
     return stem
-
-
-def _fits(keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], place: Place) -> bool:
-    down, up = shapes.get(keys.get("down", "")), shapes.get(keys.get("up", ""))
-    return bool(down and up) and down[0] == up[1] and up[0] == place.rows and down[1] == place.entry.shape[1]
 
 
 def save_file(

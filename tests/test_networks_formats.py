@@ -14,7 +14,7 @@ from library.checkpoints import load_part
 from library.errors import ConfigError
 from library.families.z_image import Z_IMAGE
 from library.layout import Layout, shapes_of
-from networks import formats, lora, names
+from networks import formats, kinds, lora, names
 from networks.adapter import targets_of
 
 DATA = Path(__file__).parent / "data"
@@ -188,7 +188,7 @@ def test_the_diffusers_file_folds_alpha_and_repeats_the_down_matrix(modules, lay
     assert torch.allclose(swapped, torch.cat([modules["final.mod"]["up"][8:], modules["final.mod"]["up"][:8]]) * 3 / 4)
 
 
-@pytest.mark.parametrize("pair", formats.PAIRS)
+@pytest.mark.parametrize("pair", kinds.PAIRS)
 @pytest.mark.parametrize("prefix", names.PREFIXES)
 def test_every_prefix_and_suffix_in_the_wild_is_read(layout, prefix, pair):
     down, up = torch.randn(2, 8), torch.randn(16, 2)
@@ -276,11 +276,13 @@ def test_checking_counts_wrong_names_and_wrong_shapes(modules, layout):
     assert wrong[0] == "lora_unet_blocks_0_mlp_1.alpha" and all("blocks_1_mlp_2" in key for key in wrong[1:])
 
 
-def test_third_party_adapters_are_checked_by_name(layout):
-    shapes = {f"lora_unet_blocks_0_mlp_0.{leaf}": (2, 2) for leaf in ("lokr_w1", "lokr_w2", "alpha")}
+def test_third_party_adapters_are_checked_by_name_and_shape(layout):
+    start = "lora_unet_blocks_0_mlp_0"
+    shapes = {f"{start}.lokr_w1": (2, 2), f"{start}.lokr_w2": (8, 4), f"{start}.alpha": ()}
     assert formats.check_keys(shapes, layout)[:2] == (3, 3)
-    shapes["lora_unet_layers_0_to_q.lokr_w1"] = (2, 2)  # a slice under this prefix is a name that ComfyUI drops
-    assert formats.check_keys(shapes, layout) == (3, 4, ["lora_unet_layers_0_to_q.lokr_w1"])
+    named = shapes | {"lora_unet_layers_0_to_q.lokr_w1": (2, 2)}  # a slice under this prefix: ComfyUI drops it
+    assert formats.check_keys(named, layout) == (3, 4, ["lora_unet_layers_0_to_q.lokr_w1"])
+    assert formats.check_keys(shapes | {f"{start}.lokr_w2": (8, 8)}, layout)[:2] == (0, 3)
 
 
 # ---- hashes, by sd-scripts' rule

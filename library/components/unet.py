@@ -221,6 +221,7 @@ def part(title: str, kinds: tuple[str, ...], kohya: str = "") -> Part:
         recognise=partial(recognise, kinds=kinds),
         config=config,
         build=build,
+        view=ours_of,
         prefixes=("model.diffusion_model.", "", "diffusion_model."),
         diffusers_folder="unet",
         kohya=kohya,

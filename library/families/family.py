@@ -115,6 +115,8 @@ class Part:
     kohya: str = ""  # the layout whose names sd-scripts' LoRA files have, if it is not the first one
     also: tuple[str, ...] = ()  # more layouts whose names LoRA files may have, which are read and never written
     high_precision: tuple[str, ...] = ()  # parts of ORIGINAL names of Linear weights that quantisation leaves alone
+    # (a file's shapes, its layout) -> those of our names that a table reads which depends on the model's size
+    view: Callable[[Shapes, str], Shapes] = lambda shapes, layout: shapes
     precision_options: str = ""  # of a text encoder, "vl", "t5" or "llm": --fp8_<this> and --nf4_<this> quantise it
 
     def layout_in(self, shapes: Shapes) -> str | None:

@@ -125,6 +125,7 @@ DENOISER = Part(
     option="pretrained_model_name_or_path",
     layouts={"comfy": comfy, "diffusers": identity},
     recognise=recognise,
+    view=lambda shapes, layout: our_view(SHARED, shapes) if layout == "comfy" else shapes,
     config=config,
     build=build,
     prefixes=("model.diffusion_model.", "", "diffusion_model."),
