@@ -30,7 +30,14 @@ def pytest_collection_modifyitems(items):
         module, found = item.path.stem, re.search(r"\[(\w+)\]", item.name)
         own = found[1] if module == "test_families" and found else ""
         item.add_marker(pytest.mark.xdist_group(f"{module} {own}".strip()))
-    items.sort(key=lambda item: item.path.stem != "test_memory_compiled")  # torch's compiler wants a fresh process
+
+
+@pytest.fixture(autouse=True)
+def _no_mode_is_left():
+    """A dispatch mode that a test leaves behind slows every later one of its process and keeps torch's compiler off."""
+    yield
+    if "torch" in sys.modules:
+        assert not sys.modules["torch"].utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
 def pytest_runtest_logreport(report):

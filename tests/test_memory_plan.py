@@ -1,5 +1,6 @@
 """The memory plan against what real runs allocate, counted the same way on tensors with and without values."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -38,17 +39,18 @@ def real_peak(options, monkeypatch) -> int:
     from train_network import NetworkTrainer
 
     tracker, load = sketch.Tracker(), Runtime.load_denoiser
+    with monkeypatch.context() as patched, contextlib.ExitStack() as tracking:
 
-    def tracked(self):
-        tracker.__enter__()
-        model = load(self)
-        tracker.restart()  # what was read from the file's memory map is no allocation
-        return model
+        def tracked(self):
+            tracking.enter_context(tracker)
+            model = load(self)
+            tracker.restart()  # what was read from the file's memory map is no allocation
+            return model
 
-    monkeypatch.setattr(Runtime, "load_denoiser", tracked)
-    trainer = NetworkTrainer(options)
-    trainer.finish = lambda: tracker.__exit__(None, None, None)  # the report has pictures, not the loop
-    trainer.run()
+        patched.setattr(Runtime, "load_denoiser", tracked)
+        trainer = NetworkTrainer(options)
+        trainer.finish = tracking.close  # the report has pictures, not the loop
+        trainer.run()
     return tracker.peak
 
 
