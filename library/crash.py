@@ -186,6 +186,9 @@ def _settings(trainer: NetworkTrainer, where: str, room: int) -> str:
         settings = advice.latents(options, family, work, room)
         settings = {name: value for name, value in settings.items() if getattr(options, name) != value}
         return f"the cheapest change is {advice.words(settings)}, with which caching takes longer" if settings else ""
+    if where.startswith("caching text"):
+        settings, cost = advice.text(advice.Trials(options, family, work), room)
+        return f"the cheapest change is {advice.words(settings)} ({cost})" if not options.text_encoder_cpu else ""
     if where.startswith("caching"):
         return ""
     found = advice.smaller(options, family, work, room)

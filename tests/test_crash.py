@@ -126,6 +126,7 @@ def card(monkeypatch, total):
 def test_on_a_card_the_planner_names_the_cheapest_settings_and_a_run_with_them_fits(
     toy, large_pictures, tmp_path, monkeypatch
 ):  # noqa: F811
+    from library.memory import advice
     from train_network import NetworkTrainer
 
     options = parsed(toy, large_pictures, tmp_path / "a")
@@ -143,6 +144,9 @@ def test_on_a_card_the_planner_names_the_cheapest_settings_and_a_run_with_them_f
     assert "that fit are --gradient_checkpointing" in crash.out_of_memory(trainer, torch.OutOfMemoryError("no"))
     card(monkeypatch, 1000)
     assert "it does not fit; closest is --gradient_checkpointing" in crash.out_of_memory(trainer, MemoryError())
+    trainer.runtime.now = "caching text"
+    said = crash.out_of_memory(trainer, MemoryError())
+    assert f"the cheapest change is --text_encoder_cpu ({advice.TEXT_ON_CPU}); else try " in said
 
 
 def test_a_planner_that_fails_or_takes_too_long_costs_nothing(toy, pictures, tmp_path, monkeypatch):  # noqa: F811

@@ -5,15 +5,22 @@ from dataclasses import replace
 
 import pytest
 from memory_support import deep_weights, toy_file
+from studio_support import make_toy
 from test_memory_swap_runs import MOST
 from training_support import arguments, pictures, toy  # noqa: F401  (fixtures)
 
 from library import options as option_machinery
 from library.families import get_family
-from library.memory import advice, plan_table, planner
+from library.memory import activations, advice, plan_table, planner
 from library.memory.planner import Work
 
 WORK = Work(512, 512, 1)
+TRIALS = advice.Trials
+
+
+@pytest.fixture(autouse=True)
+def small_inputs_go_to_the_host(monkeypatch):
+    monkeypatch.setattr(activations, "LEAST", 1 << 10)
 
 
 @pytest.fixture(scope="module")
@@ -37,51 +44,82 @@ def parsed(toy, pictures, tmp_path_factory):  # noqa: F811
 
 
 @functools.cache
-def whole(options, work=WORK):
-    return planner.make(options, options.family, work)
+def trials(options):
+    """Shared, since each of its plans takes a second."""
+    return TRIALS(options, options.family, WORK)
 
 
+@functools.cache
 def peak(options, work=WORK, **settings):
-    """Of training, by a whole plan of these options."""
-    options = options.replace(**settings) if settings else options
-    return whole(options, work)["device"]["phases"]["training"]["peak_bytes"]
+    """Of training, planned by itself."""
+    planned = planner.Planner(options.replace(**settings), options.family, work)
+    _, shape, extra = planned.latents()
+    return planned.training(shape, trials(options).cond | extra)[0].peak
 
 
 def advised(options, limit, **how):
-    plan = dict(whole(options))
-    plan["advice"] = advice.fitting(options, options.family, WORK, plan, limit / 1e9, **how)
-    return plan["advice"], plan_table.table(plan)
+    """The advice, what of it concerns the host, and the text."""
+    plan = {"largest_batch": {"width": 512, "height": 512, "frames": 1, "batch": 1}, "notes": [],
+            "device": {"peak_bytes": 0, "peak_phase": "text", "phases": dict.fromkeys(("text", "latents"), {"peak_bytes": 0})},
+            "host": {"peak_bytes": 0}, "disk": {"cache_bytes": 0}}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advice, "Trials", lambda options, *_: trials(options))
+        found = plan["advice"] = advice.fitting(options, options.family, WORK, plan, limit / 1e9, **how)
+    return found, {n: v for n, v in found["settings"].items() if n in advice.BY_HOST}, plan_table.table(plan)
 
 
-def test_block_inputs_go_to_the_host_where_all_swapped_blocks_do_not_do(parsed):
+def test_swapped_blocks_then_block_inputs_then_both_go_to_the_host(parsed):
+    """Each where what is before it does not do; every peak is that of a plan with these settings."""
     options = parsed()
     swapped, offloaded = peak(options, blocks_to_swap=MOST), peak(options, cpu_offload_checkpointing=True)
-    assert offloaded < swapped < peak(options)
-    found, text = advised(options, (offloaded + swapped) // 2)
+    both = peak(options, blocks_to_swap=MOST, cpu_offload_checkpointing=True)
+    assert both < offloaded < swapped < peak(options)
+    assert advised(options, swapped + 1)[1] == {"blocks_to_swap": MOST}
+    found, settings, text = advised(options, (offloaded + swapped) // 2)
     assert found["fits"] and found["training_peak_bytes"] == offloaded
-    settings = {name: found["settings"][name] for name in advice.BY_HOST if name in found["settings"]}
     assert settings == {"cpu_offload_checkpointing": True}
-    assert "of block inputs cross the bus" in text and "last resort" not in text
-    assert "blocks_to_swap" in advised(options, swapped + 1)[0]["settings"]  # swap first, where it does
+    assert "of block inputs cross the bus" in text and "last resort" not in text and "share one bus" not in text
+    found, settings, text = advised(options, both + 1)
+    assert found["fits"] and found["training_peak_bytes"] == both
+    assert settings == {"cpu_offload_checkpointing": True, "blocks_to_swap": MOST}
+    assert "share one bus" in text and "GB of weights cross" in text and "of block inputs cross" in text
+    assert advised(options, both - 1)[0]["training_peak_bytes"] == both  # the least of all
 
 
-def test_what_was_set_of_the_one_is_taken_back_for_the_other(parsed):
-    swapped = parsed("--blocks_to_swap", str(MOST))
+def test_what_was_set_of_the_two_is_taken_back_or_stays(parsed):
+    swapped, offloading = parsed("--blocks_to_swap", str(MOST)), parsed("--cpu_offload_checkpointing")
     offloaded = peak(parsed(), cpu_offload_checkpointing=True)
-    found = advised(swapped, (offloaded + peak(swapped)) // 2)[0]
-    assert found["settings"]["blocks_to_swap"] == 0 and found["settings"]["cpu_offload_checkpointing"] is True
-    assert (
-        peak(swapped, **{n: found["settings"][n] for n in advice.BY_HOST}) == offloaded == found["training_peak_bytes"]
-    )
+    found, settings, _ = advised(swapped, (offloaded + peak(parsed(), blocks_to_swap=MOST)) // 2)
+    assert settings == {"blocks_to_swap": 0, "cpu_offload_checkpointing": True}
+    assert found["training_peak_bytes"] == offloaded
+    assert advised(offloading, offloaded - 1)[1] == {"blocks_to_swap": 3}  # two are in the ring
     assert advice.words({"cpu_offload_checkpointing": False, "blocks_to_swap": 3}) == (
         "--blocks_to_swap 3 without --cpu_offload_checkpointing"
     )
 
 
+def test_text_encoders_are_held_in_8_bits_before_they_go_to_the_cpu(tmp_path):
+    """The largest first, and only those that are needed; what is asked for already is not asked for again."""
+    toml = make_toy("hidream", tmp_path / "toy")
+
+    def trials(*extra):
+        words = ["--config_file", str(toml), "--output_dir", str(tmp_path), "--cache_text_encoder_outputs", *extra]
+        options = option_machinery.parse("hidream", words, "test")
+        return advice.Trials(options, options.family, Work(64, 64))
+
+    plain, one, two = (trials(*words).captions.peak for words in ((), ("--fp8_llm",), ("--fp8_llm", "--fp8_t5")))
+    assert two < one < plain
+    bare = trials()
+    assert advice.text(bare, one) == ({"fp8_llm": True}, advice.FP8_TEXT)
+    assert advice.text(bare, two)[0] == {"fp8_llm": True, "fp8_t5": True}
+    assert advice.text(bare, two - 1) == ({"text_encoder_cpu": True}, advice.TEXT_ON_CPU)
+    assert advice.text(trials("--fp8_llm"), two)[0] == {"fp8_t5": True}
+
+
 def test_a_smaller_picture_is_the_last_resort_and_fits(parsed):
     options = parsed()
-    limit = int(0.8 * peak(options, cpu_offload_checkpointing=True))
-    found, text = advised(options, limit, last_resort=True)
+    limit = int(0.8 * peak(options, blocks_to_swap=MOST, cpu_offload_checkpointing=True))
+    found, _, text = advised(options, limit, last_resort=True)
     (one,) = found["smaller"]
     assert not found["fits"] and one["kind"] == "resolution" and one["was"] == "512x512"
     width, height = map(int, one["now"].split("x"))
@@ -103,7 +141,7 @@ class Line(advice.Trials):
     def training(self, options, work):
         self.made.append(work)
         peak = 10 + advice._pixels(work) // 1000
-        facts = {"checkpoint_bytes": 0, "most_blocks_to_swap": 0, "blocks": {}}
+        facts = {"offloaded_bytes": 0, "most_blocks_to_swap": 0, "blocks": {}}
         return planner.Planner(options, self.family, work), planner.Account(peak), facts
 
 

@@ -22,7 +22,7 @@ class HostActivations:
     def __init__(self, device: Any, least: int | None = None) -> None:
         self.device, self.least = torch.device(device), LEAST if least is None else least
         self.streams = Streams(self.device)
-        self.moved = 0  # tensors taken to the host so far
+        self.moved = self.moved_bytes = 0  # tensors taken to the host so far
 
     def around(self, call: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -34,17 +34,23 @@ class HostActivations:
     def _pack(self, tensor: Tensor) -> Any:
         if not tensor.requires_grad or tensor.numel() < self.least:
             return tensor
+        self.moved += 1
+        self.moved_bytes += tensor.nbytes
+        return self.put(tensor)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else self.get(packed)
+
+    def put(self, tensor: Tensor) -> Any:
+        """Copy to the host; what `get` needs to bring it back."""
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.streams.side is not None)
         with self.streams.copying():
             host.copy_(tensor, non_blocking=True)
             if self.streams.side is not None:
                 tensor.record_stream(self.streams.side)  # its memory is free again once the copy is made
-        self.moved += 1
         return host, self.streams.mark()
 
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+    def get(self, packed: Any) -> Tensor:
         host, event = packed
         self.streams.wait(event)
         return host.to(self.device, non_blocking=True)

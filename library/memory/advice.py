@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ GB = 1e9
 # Training settings from cheap to dear: option -> (value, what it costs). Each step keeps those before it.
 CHECKPOINTING = ("gradient_checkpointing", True, "blocks are computed twice: about a third more time a step")
 FP8 = ("fp8_scaled", True, "the frozen weights err by about 6 % of the output (docs/memory.md)")
+BOTH = "weights and block inputs share one bus, so that each waits for the other"
+TEXT_ON_CPU = "captions are encoded on the CPU, once: seconds to minutes each; cache them on disk"
+FP8_TEXT = "captions are encoded with weights of 8 bits, which err as those of --fp8_scaled (docs/memory.md)"
 FUSED = ("fused_backward_pass", True, "no accumulation and no clipping by the global norm")
 BY_HOST = ("blocks_to_swap", "cpu_offload_checkpointing")
 COSTS = {
@@ -32,23 +35,32 @@ def words(settings: Mapping[str, Any]) -> str:
 
 
 class Trials:
-    """Plans of training with other options and other items; text and latents are measured once for each item."""
+    """Plans of training with other options and other items. Each is made once, and text and latents once an item."""
 
     def __init__(self, options: Any, family: Family, work: Work) -> None:
         self.family, self.work = family, work
         self.text = Planner(options, family, work)
-        self.cond = self.text.text()[1]
-        self.shapes: dict[Work, Any] = {}
+        self.captions, self.cond = self.text.text()
+        self.items: dict[Work, Any] = {}
+        self.made: dict[tuple[str, Work], Any] = {}
+
+    def latents(self, work: Work) -> tuple[Account, Any, Any]:
+        """What `Planner.latents` says of other items."""
+        if work not in self.items:
+            self.items[work] = Planner(self.text.options, self.family, work).latents()
+        return self.items[work]
 
     def training(self, options: Any, work: Work) -> tuple[Planner, Account, dict[str, Any]]:
         """(planner, the device's account, facts) of an optimizer step without block swap."""
-        planner = Planner(options.replace(blocks_to_swap=None), self.family, work)
-        planner.encoder_bytes = self.text.encoder_bytes
-        if work not in self.shapes:
-            self.shapes[work] = planner.latents()[1:]
-        shape, extra = self.shapes[work]
-        device, _, facts = planner.training(shape, self.cond | extra)
-        return planner, device, facts
+        options = options.replace(blocks_to_swap=None)
+        key = repr(options.as_dict()), work
+        if key not in self.made:
+            planner = Planner(options, self.family, work)
+            planner.encoder_bytes = self.text.encoder_bytes
+            _, shape, extra = self.latents(work)
+            device, _, facts = planner.training(shape, self.cond | extra)
+            self.made[key] = planner, device, facts
+        return self.made[key]
 
 
 def fitting(
@@ -60,12 +72,13 @@ def fitting(
     """
     limit = int(vram * GB)
     trials = Trials(options, family, work)
-    found = _training(trials, options, limit)
+    found = cheapest(trials, options, limit)
     settings, costs, peak = found["settings"], found["costs"], found["peak_bytes"]
     phases = plan["device"]["phases"]
     if phases["text"]["peak_bytes"] > limit:
-        settings["text_encoder_cpu"] = True
-        costs.append("captions are encoded on the CPU, once: seconds to minutes each; cache them on disk")
+        for_text, cost = text(trials, limit)
+        settings |= for_text
+        costs.append(cost)
     if phases["latents"]["peak_bytes"] > limit:
         settings |= latents(options, family, work, limit)
         costs.append("caching latents takes longer")
@@ -86,14 +99,18 @@ def smaller(options: Any, family: Family, work: Work, room: int) -> dict[str, An
     libraries) has taken the rest, and what needs a tenth less is looked for.
     """
     trials = Trials(options, family, work)
-    found = _training(trials, options, room)
+    found = cheapest(trials, options, room)
     if not found["settings"]:
-        found = _training(trials, options, int(0.9 * min(room, found["peak_bytes"])))
+        found = cheapest(trials, options, int(0.9 * min(room, found["peak_bytes"])))
     return found | {"fits": found["peak_bytes"] <= room}
 
 
-def _training(trials: Trials, options: Any, limit: int) -> dict[str, Any]:
-    """Try the steps in their order, then what the host can hold. "options" are those that the steps have made."""
+def cheapest(trials: Trials, options: Any, limit: int) -> dict[str, Any]:
+    """The first of the steps, in their order and then what the host can hold, with which training fits.
+
+    {"settings", "costs", "peak_bytes", "options"}; where nothing fits, what needs least. "options" are those that
+    the steps have made, without what the host holds.
+    """
     taken: dict[str, Any] = {}
     costs: list[str] = []
     for step in (None, CHECKPOINTING, FP8 if options.network_module else FUSED):
@@ -106,37 +123,86 @@ def _training(trials: Trials, options: Any, limit: int) -> dict[str, Any]:
             except Exception:  # an option that this program does not have is no advice
                 continue
             options, taken, costs = changed, taken | {name: value}, [*costs, cost]
-        measured = trials.training(options, trials.work)
-        peak = measured[1].peak
+        peak = trials.training(options, trials.work)[1].peak
         if peak <= limit:
             return {"settings": taken, "costs": costs, "peak_bytes": peak, "options": options}
-    found = _on_host(options, *measured, limit)
+    found = _on_host(trials, options, limit)
     return found | {"settings": taken | found["settings"], "costs": [*costs, *found["costs"]], "options": options}
 
 
-def _on_host(options: Any, planner: Planner, device: Account, facts: dict[str, Any], limit: int) -> dict[str, Any]:
-    """As few swapped blocks as fit; else block inputs on the host; else whichever of all ways needs least.
+def _on_host(trials: Trials, options: Any, limit: int) -> dict[str, Any]:
+    """As few swapped blocks as fit; else block inputs on the host; else both.
 
-    The two do not go together: both would fill the same bus. What was set of the one is taken back for the other.
+    Block inputs that are on the host already stay there.
     """
-    was_offloaded = bool(getattr(options, "cpu_offload_checkpointing", False))
-    saved = facts["checkpoint_bytes"] if options.gradient_checkpointing else 0
-    resident = device.peak + (saved if was_offloaded else 0)
-    ways = [{"settings": {}, "costs": [], "peak_bytes": device.peak}]
-    back: dict[str, Any] = {"cpu_offload_checkpointing": False} if was_offloaded else {}
+    offloads = [options.cpu_offload_checkpointing]
+    if options.gradient_checkpointing and not options.cpu_offload_checkpointing:
+        offloads.append(True)
+    return _first((way for offload in offloads for way in _swaps(trials, options, trials.work, offload)), limit)
+
+
+def _first(ways: Iterator[dict[str, Any]], limit: int) -> dict[str, Any]:
+    """The first way that fits; where none does, the one that needs least."""
+    least: dict[str, Any] = {}
+    for way in ways:
+        if way["peak_bytes"] <= limit:
+            return way
+        if not least or way["peak_bytes"] < least["peak_bytes"]:
+            least = way
+    return least
+
+
+def _swaps(trials: Trials, options: Any, work: Work, offload: bool) -> Iterator[dict[str, Any]]:
+    """No block swapped, then 1, 2, ... up to the largest number; `offload`: with block inputs on the host."""
+    planner, device, facts = trials.training(options.replace(cpu_offload_checkpointing=offload), work)
+    before, costs = {}, []
+    if facts["offloaded_bytes"] and not options.cpu_offload_checkpointing:
+        before["cpu_offload_checkpointing"] = True
+        costs.append(f"{facts['offloaded_bytes'] / GB:.1f} GB of block inputs cross the bus twice a step and wait on "
+                     "the host")  # fmt: skip
+    back = {"blocks_to_swap": 0} if offload and options.blocks_to_swap else {}
+    yield {"settings": before | back, "costs": costs, "peak_bytes": device.peak}
+    both = (
+        ["weights and block inputs share one bus, so that each waits for the other"] if facts["offloaded_bytes"] else []
+    )
     for count in range(1, facts["most_blocks_to_swap"] + 1):
-        smaller, host = Account(resident, dict(device.parts)), Account()
-        planner.swap(smaller, host, facts["blocks"], count)
+        left, host = Account(device.peak, dict(device.parts)), Account()
+        planner.swap(left, host, facts["blocks"], count)
         gigabytes = host.parts.get("weights", 0) / GB
         cost = f"{gigabytes:.1f} GB of weights cross the bus in every pass, forward and backward"
-        ways.append({"settings": {"blocks_to_swap": count} | back, "costs": [cost], "peak_bytes": smaller.peak})
-    if saved and not was_offloaded:
-        back = {"blocks_to_swap": 0} if options.blocks_to_swap else {}
-        cost = f"{saved / GB:.1f} GB of block inputs cross the bus twice a step and wait on the host"
-        settings = {"cpu_offload_checkpointing": True} | back
-        ways.append({"settings": settings, "costs": [cost], "peak_bytes": resident - saved})
-    least = min(ways, key=lambda way: way["peak_bytes"])
-    return next((way for way in ways if way["peak_bytes"] <= limit), least)
+        yield {"settings": {"blocks_to_swap": count} | before, "costs": [cost, *costs, *both], "peak_bytes": left.peak}
+
+
+# ---------------------------------------------------------------- before training
+
+
+def text(trials: Trials, limit: int) -> tuple[dict[str, Any], str]:
+    """(settings, their cost) for encoding captions within `limit` bytes.
+
+    Encoders in 8 bits, the largest first and as few as fit; where that does not do, on the CPU.
+    """
+    options, family, settings = trials.text.options, trials.family, {}
+    sizes: dict[str, int] = {}
+    for part in family.text_encoders:
+        kind = part.precision_options
+        if kind and not (getattr(options, f"fp8_{kind}") or getattr(options, f"nf4_{kind}")):
+            sizes[f"fp8_{kind}"] = sizes.get(f"fp8_{kind}", 0) + trials.text.sketch(part)[0].stored_bytes
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        settings[name] = True
+        if Planner(options.replace(**settings), family, trials.work).text()[0].peak <= limit:
+            return settings, FP8_TEXT
+    return {
+        "text_encoder_cpu": True
+    }, "captions are encoded on the CPU, once: seconds to minutes each; cache them on disk"
+
+
+def latents(options: Any, family: Family, work: Work, limit: int) -> dict[str, Any]:
+    """Settings for encoding latents within `limit` bytes: one picture at a time, in strips where the family can."""
+    single = Planner(options.replace(vae_batch_size=1), family, work).latents()[0]
+    settings: dict[str, Any] = {"vae_batch_size": 1}
+    if single.peak > limit and any(option.name == "vae_chunk_size" for option in family.options):
+        settings["vae_chunk_size"] = 16
+    return settings
 
 
 # ---------------------------------------------------------------- the last resort: smaller items
@@ -163,9 +229,8 @@ def _largest(trials: Trials, options: Any, works: list[Work], peak: int, limit: 
     """The work that fits, and how. A plan takes seconds, so that only a few are made: the least first, then by line."""
     if not works:
         return None
-    options = options.replace(blocks_to_swap=None)
     low = works[-1]
-    best = _on_host(options, *trials.training(options, low), limit)
+    best = _with_both(trials, options, low, limit)
     if best["peak_bytes"] > limit:
         return None
     high, high_peak, low_peak = trials.work, peak, best["peak_bytes"]
@@ -175,11 +240,16 @@ def _largest(trials: Trials, options: Any, works: list[Work], peak: int, limit: 
         guess = next((one for one in works if _pixels(low) < _pixels(one) < min(most, _pixels(high))), None)
         if guess is None:
             break
-        way = _on_host(options, *trials.training(options, guess), limit)
+        way = _with_both(trials, options, guess, limit)
         if way["peak_bytes"] <= limit:
             return guess, way
         high, high_peak = guess, way["peak_bytes"]
     return low, best
+
+
+def _with_both(trials: Trials, options: Any, work: Work, limit: int) -> dict[str, Any]:
+    """Block inputs on the host, and as few swapped blocks as fit: the larger the item, the better."""
+    return _first(_swaps(trials, options, work, options.gradient_checkpointing), limit)
 
 
 def fewer_frames(trials: Trials) -> list[Work]:
@@ -214,12 +284,3 @@ def _pixels(work: Work) -> int:
 
 def _size(work: Work) -> str:
     return f"{work.width}x{work.height}"
-
-
-def latents(options: Any, family: Family, work: Work, limit: int) -> dict[str, Any]:
-    """Settings for encoding latents within `limit` bytes: one picture at a time, in strips where the family can."""
-    single = Planner(options.replace(vae_batch_size=1), family, work).latents()[0]
-    settings: dict[str, Any] = {"vae_batch_size": 1}
-    if single.peak > limit and any(option.name == "vae_chunk_size" for option in family.options):
-        settings["vae_chunk_size"] = 16
-    return settings

@@ -58,7 +58,8 @@ def _advice(advice: dict[str, Any] | None) -> list[str]:
     lines += [f"  cost: {cost}" for cost in advice["costs"]]
     for one in advice["smaller"]:
         unit = " frames" if one["kind"] == "frames" else ""
-        lines.append(f"  last resort: {one['now']}{unit} instead of {one['was']}, with {words(one['settings'])}: "
+        settings = words(one["settings"]) or "these settings"
+        lines.append(f"  last resort: {one['now']}{unit} instead of {one['was']}, with {settings}: "
                      f"training takes {_gb(one['training_peak_bytes'])} GB")  # fmt: skip
         lines += [f"    cost: {cost}" for cost in one["costs"]]
     return lines

@@ -2,8 +2,8 @@
 
 Every phase (text, latents, training, sampling) is run inside of `FakeTensorMode`: the models are loaded from headers or
 from lists of released models, quantised, adapted, called and differentiated by the code that trains, and every tensor
-storage is counted. What is computed instead of run: optimizer states (from one small real step), block swap and
-offloaded activations (moved from the device's account to the host's).
+storage is counted. What is computed instead of run: optimizer states (from one small real step) and block
+swap (moved from the device's account to the host's).
 """
 
 from __future__ import annotations
@@ -190,6 +190,7 @@ class Planner:
         options, family = self.options, self.family
         is_network = bool(options.network_module)
         is_half = options.full_bf16 or options.full_fp16
+        offloaded = sketch.Elsewhere() if getattr(options, "cpu_offload_checkpointing", False) else None
         with self.phase() as tracker:
             dtype = self.dtype if is_network or is_half else torch.float32
             model = self.load(family.denoiser, dtype, denoiser_recipe(options, family))
@@ -202,9 +203,9 @@ class Planner:
             samples = {} if is_network else Updates._sample(dict(trained.named_parameters()))  # host copies, bounded
             sampled = tracker.live - before
             if options.gradient_checkpointing:
-                checkpoint_blocks(model, family.blocks)
+                checkpoint_blocks(model, family.blocks, **({"around": offloaded.around} if offloaded else {}))
             tracker.restart()
-            saved = self._step(model, shape, cond, tracker)
+            self._step(model, shape, cond)
             del samples
             count = sum(p.numel() for p in parameters)
             gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -230,15 +231,15 @@ class Planner:
             device.parts["activations"] -= sampled
             if self.accelerator:
                 _move("samples", sampled, device, host)
-        facts = {"trained_parameters": count, "checkpoint_bytes": saved,
+        facts = {"trained_parameters": count, "offloaded_bytes": offloaded.moved_bytes if offloaded else 0,
                  "blocks": {name: (sizes, units[name]) for name, sizes in blocks.items()},
                  "most_blocks_to_swap": swap_plan.largest(counts, units)}  # fmt: skip
         self.swap(device, host, facts["blocks"], options.blocks_to_swap or 0)
         if family.pair:  # both experts are kept on the host; with block swap part of one is counted already
             more = 2 * weights - host.parts.get("weights", 0)
             host.parts["experts"], host.peak = more, host.peak + more
-        if getattr(options, "cpu_offload_checkpointing", False):
-            _move("activations", saved, device, host)
+        if offloaded:
+            host.parts["block_inputs"], host.peak = offloaded.moved_bytes, host.peak + offloaded.moved_bytes
         return device, host, facts
 
     def _network(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -258,10 +259,9 @@ class Planner:
         network.prepare_grad_etc([], None)
         return network.train()
 
-    def _step(self, model: torch.nn.Module, shape: tuple[int, ...], cond: Cond, tracker: sketch.Tracker) -> int:
-        """Forward and backward as `NetworkTrainer.step` has them; bytes that were alive between the two."""
+    def _step(self, model: torch.nn.Module, shape: tuple[int, ...], cond: Cond) -> None:
+        """Forward and backward as `NetworkTrainer.step` has them."""
         batch, objective = self.work.batch, self.family.objective
-        before = tracker.live
         x0, noise = torch.empty(batch, *shape), torch.empty(batch, *shape)
         sigma = torch.empty(batch)
         conds = [{name: torch.empty(s, dtype=d) for name, (s, d) in cond.items()} for _ in range(batch)]
@@ -271,9 +271,7 @@ class Planner:
             predicted = self.family.predict(model, noisy, sigma, conds)
             target = objective.target(x0, noise, sigma, self.options)
             loss = (predicted.float() - target.float()).square().mean()
-        saved = tracker.live - before
         loss.backward()
-        return saved
 
     def swap(self, device: Account, host: Account, blocks: dict[str, tuple[list[int], int]], value: int) -> None:
         """Move what --blocks_to_swap `value` keeps on the host; `blocks`: list -> (bytes of each block, unit)."""
@@ -362,6 +360,8 @@ def make(options: Any, family: Family, work: Work, accelerator: bool = True) -> 
     text, cond = planner.text()
     latents, shape, extra = planner.latents()
     device, host, facts = planner.training(shape, cond | extra)
+    if options.text_encoder_cpu:
+        host.peak, text = max(host.peak, text.peak), Account()
     phases = {"text": text, "latents": latents, "training": device}
     if options.sample_prompts:
         phases["sampling"] = planner.sampling(shape, cond | extra, device.parts["weights"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.checkpoints import TORCH_DTYPES, Checkpoint, Reader, find_part
+from library.memory.activations import HostActivations
 
 if TYPE_CHECKING:
     from library.families.family import Part
@@ -44,6 +45,20 @@ def of_file(part: Part, path: str) -> tuple[Sketch, str]:
     """(the sketch of a part's file, its layout's name); only headers are read."""
     found, layout = find_part(part, path)
     return Sketch(found.path, found.headers, found.prefix, found.folder), layout
+
+
+class Elsewhere(HostActivations):
+    """Block inputs that wait on the host, where they take nothing: what is left counts on the device."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+
+    def put(self, tensor: Tensor) -> Any:
+        return tensor.shape, tensor.dtype
+
+    def get(self, packed: Any) -> Tensor:
+        shape, dtype = packed
+        return torch.empty(shape, dtype=dtype)
 
 
 class Tracker(TorchDispatchMode):
