@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library import optim, report, state, stops, trackers
+from library.data.items import names
 from library.dump import dump_batch
 from library.errors import DiskError, Interrupted, NonFiniteError
 from library.health import Late
@@ -21,7 +22,7 @@ from library.memory import plan_of_run
 from library.metadata import save_metadata, training_metadata
 from library.saving import Saves, Schedule, file_name
 from library.updates import Updates
-from library.validation import Validation
+from library.validation import Best, Validation
 from library.watch import Watch
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Outputs:
             else None
         )
         self.validation = Validation(trainer) if trainer.dataset.validation else None
+        self.best = Best(report.read_lines(self.log.path) if self.log and self.validation else [])
         self.samples = self._sample_run() if self._main and trainer.prompts else None
         self.base_metadata = self._metadata() if self._main else {}
         self.pending: tuple | None = None  # the step whose numbers are still on the device
@@ -80,6 +82,12 @@ class Outputs:
         trainer, plan = self.trainer, self.trainer.plan
         count = sum(p.numel() for p in trainer.parameters)
         self.say(f"training {count:,} parameters in {len(trainer.parameters)} tensors on {self.runtime.device}")
+        if hasattr(trainer.network, "summary"):
+            self.say(f"  network: {trainer.network.summary()}")
+        rates = optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups)
+        rates = names([f"{name} {rate:.3g}" for name, rate in rates.items()], 8)
+        where = plan.where() if plan.resume else "the start"
+        self.say(f"  {where}; learning rates: {rates}")
         self.first_step = self.step_started = time.perf_counter()
         self.runtime.seconds["start to first step"] = self.first_step - trainer.started
         if self.samples and (trainer.network is not None or trainer.position.step == 0):
@@ -195,7 +203,7 @@ class Outputs:
 
     def _boundary(self, name: str | None, keep: bool, *, sample: bool, validate: bool, last: bool) -> None:
         """The state and the weights first, verified; then what they replace is removed; then all that may fail."""
-        trainer = self.trainer
+        trainer, before = self.trainer, len(self.saves.written) if self._main else 0
         if self._main:
             if (name and keep) or (last and (keep or self.options.save_state_on_train_end)):
                 self.saves.state()
@@ -204,7 +212,7 @@ class Outputs:
                 self.saves.prune()
         optim.eval_mode(trainer.optimizer)
         if validate:
-            self._validate()
+            self._validate(before)
         if sample and self.samples:
             self._sample(trainer.position.step)
         optim.train_mode(trainer.optimizer)
@@ -223,13 +231,17 @@ class Outputs:
         self.log.write(step=self.trainer.position.step, update=numbers)
         self.say(line)
 
-    def _validate(self) -> None:
+    def _validate(self, before: int) -> None:
+        """`before`: how many files had been written before this step's."""
         values = self.validation.run()
         step = self.trainer.position.step
         if self._main:
             self.log.write(step=step, validation=values)
             self._track({f"loss/validation/{name}": value for name, value in values.items()}, step)
-            self.say(f"validation at step {step}: loss {values['average']:.4f}")
+            written = self.saves.written[before:]
+            take = functools.partial(self.best.take, values["average"], step, written)
+            said = self._guarded(take, "keeping the best weights") or f"loss {values['average']:.4f}"
+            self.say(f"validation at step {step}: {said}")
 
     def _sample_run(self) -> Any:
         from library.sample import Samples
@@ -307,6 +319,7 @@ class Outputs:
             "optimizer steps": str(trainer.position.step),
             "loss, average of the last pass over the data": f"{trainer.position.loss_average:.4f}",
             "keys": self.saves.key_line,
+            **({"validation, lowest": f"{self.best.loss:.4f} at step {self.best.step}"} if self.best.step else {}),
             **self._memory(),
             **{f"seconds: {name}": f"{value:.1f}" for name, value in self.runtime.seconds.items()},
             **self._style(),

@@ -53,6 +53,14 @@ class Plan:
     def epochs(self) -> int:
         return -(-self.total_steps // self.steps_per_epoch)
 
+    def where(self) -> str:
+        """The position of a resumed run, in words."""
+        epoch, batch = divmod(self.position.step, self.steps_per_epoch)
+        return (
+            f"step {self.position.step} of {self.total_steps} (epoch {epoch + 1}, step {batch} of "
+            f"{self.steps_per_epoch} in it), loss average {self.position.loss_average:.4f}"
+        )
+
 
 def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     """All checks, in the order of their cost; prints the plan. Raises a UserError with the first thing wrong."""
@@ -242,10 +250,6 @@ def table(options: Options, plan: Plan) -> str:
     files = " and ".join(of_part(f"{options.output_name}.safetensors", options.output_name, which) for which in parts)
     lines.append(f"written to: {plan.output_dir} as {files}")
     if plan.resume:
-        epoch, batch = divmod(plan.position.step, plan.steps_per_epoch)
-        lines.append(
-            f"resuming {plan.resume}: step {plan.position.step} (epoch {epoch + 1}, step {batch} of "
-            f"{plan.steps_per_epoch} in it), loss average {plan.position.loss_average:.4f}"
-        )
+        lines.append(f"resuming {plan.resume}: {plan.where()}")
         lines += [f"  changed: {one}" for one in plan.changed_options]
     return "\n".join(lines + [f"note: {warning}" for warning in plan.warnings])

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,9 +31,13 @@ class Validation:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Mean error of what is predicted over the held-out items at each sigma quantile, and their average."""
+        """Mean error of what is predicted over the held-out items at each sigma quantile, and their average.
+
+        Of several datasets also the average of each: `dataset_1`, ... in the order of the description.
+        """
         trainer, runtime, objective = self.trainer, self.trainer.runtime, self.trainer.family.objective
         network, totals = trainer.network, {q: 0.0 for q in QUANTILES}
+        by_dataset: dict[int, list[float]] = {}
         (network if network is not None else trainer.denoiser).eval()
         # Of two experts one after the other, because it takes time to change between them.
         passes = trainer.turns.grouped(QUANTILES) if trainer.turns else [QUANTILES]
@@ -43,7 +54,44 @@ class Validation:
                     noisy = objective.noisy(x0, noise, sigma)
                     predicted = trainer.family.predict(trainer.denoiser, noisy, sigma, conds)
                 target = objective.target(x0, noise, sigma, trainer.options)
-                totals[q] += float((predicted.float() - target).square().mean())
+                error = float((predicted.float() - target).square().mean())
+                totals[q] += error
+                by_dataset.setdefault(item.dataset, []).append(error)
         (network if network is not None else trainer.denoiser).train()
         values = {f"sigma_q{int(q * 100)}": total / len(self.items) for q, total in totals.items()}
-        return values | {"average": sum(values.values()) / len(values)}
+        values["average"] = sum(values.values()) / len(values)
+        if len(by_dataset) > 1:
+            values |= {f"dataset_{n + 1}": sum(own) / len(own) for n, own in sorted(by_dataset.items())}
+        return values
+
+
+class Best:
+    """The lowest validation loss of a run, and its weights as `<name>-best.safetensors`."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """`lines` of the run's log, which a resumed run goes on with."""
+        values = [(line["validation"]["average"], line["step"]) for line in lines if "validation" in line]
+        self.loss, self.step = min((v for v in values if v[0] is not None), default=(math.inf, 0))
+
+    def take(self, loss: float, step: int, written: Iterable[Path]) -> str:
+        """One more value, and the files that were saved at this step. Returns what is to be said. Raises OSError."""
+        if not loss < self.loss:
+            return f"loss {loss:.4f} (lowest: {self.loss:.4f} at step {self.step})"
+        self.loss, self.step = loss, step
+        kept = [_tag(path).name for path in written]
+        return f"loss {loss:.4f}, the lowest so far{kept and ', kept as ' or ''}{', '.join(kept)}"
+
+
+def _tag(path: Path) -> Path:
+    """A second name for a saved file, which stays when that is deleted: a link, or a copy where there are none."""
+    best = path.with_name(re.sub(r"(-step\d{8}|-\d{6})?(-ema)?\.safetensors$", r"-best\2.safetensors", path.name))
+    partial = best.with_name(f".{best.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, partial)
+        os.replace(partial, best)
+    finally:
+        partial.unlink(missing_ok=True)
+    return best

@@ -245,6 +245,43 @@ def test_found_is_trained_plus_held_out_plus_dropped_and_the_split_is_by_file(fo
     assert str(tmp_path) not in json.dumps(data.metadata())
 
 
+def test_a_new_file_moves_at_most_one_to_the_other_side_of_the_split_and_a_new_place_none(tmp_path):
+    names = [f"{k:03d}" for k in range(60)]
+    random.Random(0).shuffle(names)
+
+    def held(parent, some):
+        folder = tmp_path / parent / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in some:
+            if not (folder / f"{name}.png").is_file():
+                picture(folder / f"{name}.png")
+                (folder / f"{name}.txt").write_text("x", encoding="utf-8")
+        path = dataset_file(tmp_path, folder, "resolution = 64\nvalidation_split = 0.2\n")
+        return {item.path.name for item in prepare(options(dataset_config=path), None, 16).validation}
+
+    before = held("one", names[:40])
+    assert len(before) == 8 and held("two", names[:40]) == before
+    for count in range(41, 61):
+        now = held("one", names[:count])
+        moved = (before ^ now) - {f"{names[count - 1]}.png"}
+        assert len(now) == round(count * 0.2) and len(moved) <= 1
+        before = now
+
+
+def test_a_file_that_one_dataset_holds_out_is_held_out_of_all(folder, tmp_path):
+    path = dataset_file(tmp_path, folder, "resolution = 64\nvalidation_split = 0.34\n")
+    entry = f"[[datasets.subsets]]\nimage_dir = {json.dumps(str(folder))}\ncaption_extension = '.txt'\n"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"[[datasets]]\nresolution = 128\n{entry}")
+    data = prepare(options(dataset_config=path), None, 16)
+    held, trained = ({(item.dataset, item.path.name) for item in some} for some in (data.validation, data.items))
+    names = {name for number, name in held if number == 0}
+    assert len(names) == 2 and held == {(n, name) for n in (0, 1) for name in names} and len(trained) == 8
+    assert not names & {name for _, name in trained}
+    assert "2 files are held out of every dataset, since one holds them out" in data.print_table()
+    assert data.report.found == 12 == data.report.trained + data.report.held_out
+
+
 MISTAKES = {
     "resolutoin = 64\n": "did you mean 'resolution'",
     "resolution = 64\nimage_dir = 'x'\n": "belongs in",

@@ -177,6 +177,7 @@ def test_what_changes_the_result_is_named_and_needs_resume_anyway(toy, pictures,
         resume(toy, pictures, tmp_path, stopped, "--learning_rate", "0.5")
     resume(toy, pictures, tmp_path, stopped, "--learning_rate", "0.5", "--resume_anyway", "--save_precision", "bf16")
     said = capsys.readouterr().out
+    assert "step 2 of 3 (epoch 1, step 2 of 3 in it), loss average " in said and "; learning rates: " in said
     assert "changed: learning_rate" in said and "(it changes the result)" in said
     assert "changed: save_precision None -> 'bf16'\n" in said and "changed: max_train_steps 2 -> 3\n" in said
 

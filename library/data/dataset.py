@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,7 +41,7 @@ class BatchPlan:
     entries: tuple[tuple[int, int], ...]  # (item, repeat)
 
 
-def _digest(*parts: int) -> int:
+def _digest(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -196,6 +197,7 @@ def prepare(
         _place_controls(train + held, pixel_multiple, family.control_size if family else None)
         trained += train
         held_out += held
+    trained, held_out = _on_one_side(trained, held_out, report)
     for k, item in enumerate(trained):
         item.index = k
     for k, item in enumerate(held_out):
@@ -294,15 +296,33 @@ def _balance(items: list[Item], report: Report) -> list[Item]:
 
 
 def _split(items: list[Item], spec: DatasetSpec, options: Any) -> tuple[list[Item], list[Item]]:
-    """Held-out pictures by one permutation of files; regularisation pictures are never held out."""
+    """Held-out pictures: those of the files that come first in an order which depends on seed and names alone.
+
+    So a file that is added moves at most one other to the other side, and a folder may be moved. Regularisation
+    pictures are never held out.
+    """
     if not spec.validation_split:
         return items, []
     candidates = list(dict.fromkeys(item.file for item in items if not item.is_reg))
     seed = spec.validation_seed if spec.validation_seed is not None else options.seed
     count = round(len(candidates) * spec.validation_split)
-    chosen = set(random.Random(_digest(seed, -1)).sample(candidates, count))
+    chosen = set(sorted(candidates, key=lambda file: _digest(seed, *Path(file).parts[-2:]))[:count])
     held = [item for item in items if item.file in chosen and not item.is_reg]
     return [item for item in items if item.file not in chosen or item.is_reg], held
+
+
+def _on_one_side(trained: list[Item], held_out: list[Item], report: Report) -> tuple[list[Item], list[Item]]:
+    """A file that one dataset holds out is held out of the others, too."""
+    if len({item.dataset for item in (*trained, *held_out)}) < 2 or not held_out:
+        return trained, held_out
+    held = {os.path.realpath(item.file) for item in held_out}
+    moved = [item for item in trained if not item.is_reg and os.path.realpath(item.file) in held]
+    if not moved:
+        return trained, held_out
+    files = list(dict.fromkeys(item.path.name for item in moved))
+    report.notes.append(f"{len(files)} files are held out of every dataset, since one holds them out: {names(files)}")
+    rows = rows_of(moved)
+    return [item for item in trained if item.row not in rows], [*held_out, *moved]
 
 
 def _place(items: Iterable[Item], spec: DatasetSpec, sizes: tuple[tuple[int, int], ...] = ()) -> None:
