@@ -1,16 +1,11 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from training_support import ROOT, called
 
 from library.errors import ConfigError
 from tools.convert import convert
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +73,7 @@ def test_what_is_no_lora_or_does_not_fit_is_refused_and_nothing_is_written(files
 
 
 def test_the_command_ends_with_one_sentence_and_exit_code_2(files):
-    command = [
-        sys.executable,
-        "tools/convert.py",
-        str(files / "none.safetensors"),
-        str(files / "x.safetensors"),
-        "--to",
-        "kohya",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = called(
+        "tools/convert.py", *(str(files / f"{name}.safetensors") for name in ("none", "x")), "--to", "kohya"
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import tomllib
@@ -12,7 +10,7 @@ from dialect_support import toy_config
 from PIL import Image
 from safetensors.torch import load_file
 from studio_support import make_toy
-from training_support import ROOT, losses
+from training_support import ROOT, called, losses
 
 from library import options
 from library.data.config import load_dataset_config
@@ -334,8 +332,7 @@ def test_the_migrated_file_is_the_same_run(tmp_path):
     (tmp_path / "data.toml").write_text("resolutions = [64, 96]\n[[directory]]\npath = 'in'\n", encoding="utf-8")
     source = toy_config("z_image", toy, "data.toml", tmp_path, "shift = 3\nmin_t = 0.2")
     target = tmp_path / "native" / "run.toml"
-    command = [sys.executable, "tools/migrate.py", str(source), str(target)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = called("tools/migrate.py", str(source), str(target))
     assert result.returncode == 0, result.stderr
     assert f"{source} -> {target}" in result.stdout and "[model] shift" in target.read_text()
     assert "model" not in tomllib.loads(target.read_text()), "the native form"

@@ -1,15 +1,13 @@
 """FLUX.1 as a whole: its text and pictures against diffusers' pipelines, its variants and files, Kontext's references."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from oracles import relative
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_support import ROOT, losses
+from studio_support import make_toy
+from training_support import losses
 
 from library import options, sample
 from library.components import tokens
@@ -26,8 +24,7 @@ torch.set_num_threads(1)
 def folder(tmp_path_factory):
     """Toy files of dev, and `schnell.safetensors`, which embeds no guidance."""
     folder = tmp_path_factory.mktemp("flux")
-    command = [sys.executable, "tools/make_toy_model.py", "--family", "flux", "--output_dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    make_toy("flux", folder)
     dev = load_file(folder / "denoiser.safetensors")
     save_file({k: v for k, v in dev.items() if not k.startswith("guidance_in.")}, folder / "schnell.safetensors")
     return folder

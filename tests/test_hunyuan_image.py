@@ -1,15 +1,13 @@
 """HunyuanImage-2.1 as a whole: its prompts, its pictures against diffusers' pipeline, its LoRA converter, learning."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from oracles import SHARED, relative
-from training_support import ROOT
+from studio_support import make_toy
 
 from library import sample
 from library.families import get_family
@@ -22,9 +20,7 @@ GUIDE_TEMPLATE_TOKENS = 34  # of Qwen2.5-VL, before the caption
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hunyuan_image")
-    command = [sys.executable, "tools/make_toy_model.py", "--family", "hunyuan_image", "--output_dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder / "toy.toml"
+    return make_toy("hunyuan_image", folder)
 
 
 @pytest.fixture(scope="module")

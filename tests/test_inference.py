@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 from PIL import Image
-from training_support import launch, pictures, toy, train  # noqa: F401  (fixtures)
+from training_support import called, launch, pictures, toy, train  # noqa: F401  (fixtures)
 
 SCRIPT = "z_image_minimal_inference.py"
 
 
 def picture(toy, path, *extra):  # noqa: F811
     folder = toy.parent
-    done = launch(
-        "--dit", str(folder / "denoiser.safetensors"), "--vae", str(folder / "vae.safetensors"),
+    done = called(
+        SCRIPT, "--dit", str(folder / "denoiser.safetensors"), "--vae", str(folder / "vae.safetensors"),
         "--text_encoder", str(folder / "text_encoder.safetensors"), "--prompt", "a red cat", "--image_size", "64", "96",
-        "--infer_steps", "3", "--seed", "4", "--save_path", str(path), *extra, script=SCRIPT,
+        "--infer_steps", "3", "--seed", "4", "--save_path", str(path), *extra,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return np.asarray(Image.open(path)).astype(int)

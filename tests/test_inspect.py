@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from oracles import read_json
-from training_support import pictures, toy, train  # noqa: F401  (fixtures)
+from training_support import called, pictures, toy, train  # noqa: F401  (fixtures)
 
 from library.checkpoints import Checkpoint
 from library.components.encoders import ENCODERS as PARTS
@@ -19,9 +19,7 @@ LAYOUTS = ROOT.parent / "shared" / "layouts"
 
 
 def inspect(path):
-    done = subprocess.run(
-        [sys.executable, "tools/inspect.py", str(path), "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = called("tools/inspect.py", str(path), "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

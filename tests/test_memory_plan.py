@@ -2,13 +2,11 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from oracles import read_json
-from training_support import ROOT, arguments, pictures, toy  # noqa: F401  (fixtures)
+from training_support import arguments, called, pictures, toy  # noqa: F401  (fixtures)
 
 from library import options as option_machinery
 from library.memory import plan_table, planner, released, sketch
@@ -107,13 +105,13 @@ def test_full_size_weights_are_those_of_the_released_files():
 
 
 def test_the_command_prints_a_table_json_and_advice(toy):  # noqa: F811
-    base = [sys.executable, "tools/plan.py", "--model_type", "z_image", "--config_file", str(toy), "--resolution", "64,64",
+    base = ["tools/plan.py", "--model_type", "z_image", "--config_file", str(toy), "--resolution", "64,64",
             "--items", "10"]  # fmt: skip
-    shown = subprocess.run([*base, "--vram", "1"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = called(*base, "--vram", "1").stdout
     assert "on the device (" in shown and "in 1 GB it fits" in shown
-    plan = json.loads(subprocess.run([*base, "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    plan = json.loads(called(*base, "--json").stdout)
     assert plan["device"]["peak_bytes"] >= max(p["peak_bytes"] for p in plan["device"]["phases"].values())
-    wrong = subprocess.run([*base, "--resolution", "60,60"], cwd=ROOT, capture_output=True, text=True)
+    wrong = called(*base, "--resolution", "60,60")
     assert wrong.returncode == 2 and "multiples of 16" in wrong.stderr
 
 

@@ -1,12 +1,10 @@
 """Plans without files: every family, and every other released model of it, from its list of names and shapes."""
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from training_support import ROOT
+from training_support import called
 
 from library import options as option_machinery
 from library.errors import ConfigError
@@ -82,6 +80,5 @@ def test_unknown_models_are_one_sentence():
     given = option_machinery.parse("z_image", LORA, "test")
     with pytest.raises(ConfigError, match="--released nonsense is no released z_image .known: only the usual one"):
         released.completed(given, "nonsense").__enter__()
-    command = [sys.executable, "tools/plan.py", "--model_type", "flux", "--released", "flux_context"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = called("tools/plan.py", "--model_type", "flux", "--released", "flux_context")
     assert done.returncode == 2 and "did you mean 'flux_kontext'" in done.stderr

@@ -1,14 +1,12 @@
 """sd-scripts' arguments for FLUX.1, split_qkv, and LoRAs of its text encoders."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from oracles import accepted_stems
 from safetensors.torch import load_file, safe_open
-from training_support import ROOT
+from studio_support import make_toy
 
 from library import checkpoints
 from library.errors import ConfigError
@@ -21,8 +19,7 @@ FAMILY = get_family("flux")
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flux")
-    command = [sys.executable, "tools/make_toy_model.py", "--family", "flux", "--output_dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    make_toy("flux", folder)
     return folder
 
 

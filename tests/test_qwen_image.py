@@ -1,8 +1,6 @@
 """Qwen-Image, 2512 and the edit models: prompts and pictures against diffusers' pipelines, versions, data, files."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +10,8 @@ import torch
 from oracles import SHARED, relative
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_support import ROOT, losses
+from studio_support import make_toy
+from training_support import losses
 
 from library import checkpoints, sample
 from library.components import control_pictures, qwen25_vl
@@ -34,8 +33,7 @@ AREA = 128 * 128  # of reference pictures in these tests, instead of a megapixel
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen_image")
-    command = [sys.executable, "tools/make_toy_model.py", "--family", "qwen_image", "--output_dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    make_toy("qwen_image", folder)
     return folder
 
 

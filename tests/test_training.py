@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_support import ROOT, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
+from training_support import ROOT, called, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 
 def full(toy):  # noqa: F811
@@ -131,10 +131,9 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(toy, pi
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "29533",
         "z_image_train_network.py",
         *arguments(toy, pictures, tmp_path / "two", "--max_train_steps", "4", "--learning_rate", "1e-2"),
     ]
@@ -199,7 +198,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(toy, pictures,
     from training_support import arguments
 
     extra = ("--max_train_steps", "20", "--learning_rate", "1e30", "--max_grad_norm", "0", "--optimizer_type", "SGD")
-    done = launch(*arguments(toy, pictures, tmp_path, *extra))
+    done = called("z_image_train_network.py", *arguments(toy, pictures, tmp_path, *extra))
     assert done.returncode == 5 and "the loss of 3 steps in a row" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run.safetensors").exists()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from studio_support import make_toy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,10 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
     """A complete set of random toy files of Z-Image; returns its toy.toml."""
-    folder = tmp_path_factory.mktemp("toy")
-    command = [sys.executable, "tools/make_toy_model.py", "--family", "z_image", "--output_dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder / "toy.toml"
+    return make_toy("z_image", tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +77,20 @@ def launch(*argv: str, script: str = "z_image_train_network.py", **environment: 
     return subprocess.run(
         [sys.executable, script, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
     )
+
+
+def called(script: str, *argv: str) -> subprocess.CompletedProcess:
+    """Run the script as a program in this process, which has imported already what a new one takes seconds for."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patched.chdir(ROOT)
+        patched.setattr(sys, "argv", [script, *argv])
+        patched.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess([script, *argv], code, out.getvalue(), err.getvalue())
 
 
 def losses(output: Path, name: str = "run") -> list[float]:
