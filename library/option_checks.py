@@ -191,6 +191,13 @@ def check_read(options: Options) -> None:
     _check_memory(options)
 
 
+def is_read(options: Options, name: str) -> bool:
+    """Whether something reads this option of noise levels and loss with the family and the other options."""
+    if name in FLOW.reads - options.family.objective.reads:
+        return False
+    return all(rule.read(options) for rule in RULES if name in rule.names)
+
+
 def _shown(options: Options, name: str) -> str:
     value = options.as_dict()[name]
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -94,7 +94,18 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     if options.write_preview:
         _preview(dataset, Path(options.write_preview), say)
     _check_optimizer(options, total)
+    _tell_noise_levels(options, plan, say)
     return plan
+
+
+def _tell_noise_levels(options: Options, plan: Plan, say: Callable[[str], None]) -> None:
+    """Computed by the code that trains, so after the first check that needs torch."""
+    from library import noise_levels
+
+    found = noise_levels.levels(plan.family, options, noise_levels.tokens_of(plan.dataset, plan.family))
+    text = noise_levels.text(found, options)
+    plan.text = f"{plan.text}\n{text}"
+    say(text)
 
 
 def _check_optimizer(options: Options, total_steps: int) -> None:

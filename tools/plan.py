@@ -1,4 +1,4 @@
-"""The memory of a run before it starts: python tools/plan.py --model_type F <the training options> [--vram 12] [--json]
+"""The memory and the noise levels of a run before it starts: python tools/plan.py --model_type F <options> [--json]
 
 Takes the options of training. Where a file is not given the released model's size is taken; where no dataset is
 given, --resolution W,H with --frames, --batch_size and --items says what is trained. Needs no weights and no GPU.
@@ -76,6 +76,7 @@ def main() -> None:
     if "--output_dir" not in words:
         words += ["--output_dir", "."]
     options = option_machinery.parse(None, words, "plan.py")
+    from library import noise_levels
     from library.memory import advice, plan_table, planner, released
 
     with released.completed(options, own["released"]) as (options, family, notes):
@@ -84,7 +85,11 @@ def main() -> None:
         plan["notes"] += notes
         if own["vram"]:
             plan["advice"] = advice.fitting(options, family, work, plan, own["vram"], last_resort=True)
-    print(json.dumps(plan, indent=2) if own["json"] else plan_table.table(plan))
+        tokens = {(work.width // family.pixel_multiple) * (work.height // family.pixel_multiple): 1}
+        found = noise_levels.levels(family, options, tokens)
+    plan["noise_levels"] = found.as_dict()
+    text = f"{plan_table.table(plan)}\n{noise_levels.text(found, options)}"
+    print(json.dumps(plan, indent=2) if own["json"] else text)
 
 
 if __name__ == "__main__":
