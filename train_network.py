@@ -83,9 +83,12 @@ class NetworkTrainer:
         self._create_optimizer()
         self.position = self.resumed
         if self.plan.resume:
+            from library import optim
             from library.state import load_state
 
+            asked = optim.settings(self.optimizer)
             load_state(self.plan.resume, self.trained, self.stateful)
+            optim.take_settings(self.optimizer, self.scheduler, asked)
             self.runtime.wait("resuming")
         self._prepare_outputs()
 

@@ -397,6 +397,33 @@ class Stored:
                     live[name] = value.to(live[name].device, copy=True)
 
 
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the options say of each group: the arguments of the optimizer's class, and the learning rate."""
+    names = {*inspect.signature(type(optimizer).__init__).parameters, "lr", "initial_lr"}
+    return [{name: group[name] for name in names & group.keys() - {"params"}} for group in optimizer.param_groups]
+
+
+def take_settings(optimizer: Optimizer, scheduler: Any, asked: list[dict[str, Any]]) -> None:
+    """After a state was loaded: what the options of this run say holds, and not what those of the state's run said.
+
+    Where both say the same nothing changes, to the bit. The learning rate is that of the present schedule at the
+    state's step; a class of --lr_scheduler_type, which knows no rate but the last, goes on from that in proportion.
+    """
+    from torch.optim.lr_scheduler import LambdaLR
+
+    for group, own in zip(optimizer.param_groups, asked, strict=True):
+        rate, base = group.get("lr"), group.get("initial_lr")
+        group.update(own)
+        if isinstance(scheduler, NoSchedule):
+            continue
+        group["lr"] = rate if base == own["initial_lr"] or not base else rate * own["initial_lr"] / base
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    if isinstance(scheduler, LambdaLR):
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+
 def train_mode(optimizer: Optimizer) -> None:
     """Weights for training; free when they are in place already."""
     if not _has_modes(optimizer) or optimizer.param_groups[0].get("train_mode", False):

@@ -1,5 +1,7 @@
 """A resumed run is the run that never stopped, to the bit: every optimizer, every way to change the surroundings."""
 
+import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training_support import arguments, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
-from library import optim, provenance, state
+from library import optim, provenance, schedules, state
 from library.ema import Average
 from library.errors import ConfigError
 
@@ -66,11 +68,39 @@ def test_every_optimizer_goes_on_to_the_bit(tmp_path, kind):
     with torch.no_grad():
         for p in second.values():
             p.add_(1.0)  # nothing of a fresh start may stay
+    asked = optim.settings(parts["optimizer"])
     state.load_state(folder, second, parts)
+    optim.take_settings(parts["optimizer"], parts["scheduler"], asked)
     found += [step(k) for k in range(5, 12)]
     assert found == expected and all(torch.equal(whole[name], second[name]) for name in whole)
     averages = whole_parts["average"].values, parts["average"].values
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in whole)
+
+
+@pytest.mark.parametrize(("of_class", "expected"), [(False, 0.5 * (1 + math.cos(math.pi * 5 / 24))), (True, 0.9**5)])
+def test_a_resumed_run_takes_the_rates_arguments_and_length_that_it_is_given(of_class, expected):
+    def made(rate, decay, total):
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=decay)
+        if of_class:
+            return weight, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return weight, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedules.cosine(warmup=0, total=total))
+
+    weight, optimizer, scheduler = made(1e-2, 0.1, 5)
+    for _ in range(5):
+        weight.grad = torch.ones(2)
+        optimizer.step(), scheduler.step()
+    assert of_class or optimizer.param_groups[0]["lr"] == 0  # the end of the first run
+    weight, again, later = made(3e-2, 0.2, 24)
+    asked = optim.settings(again)
+    again.load_state_dict(optimizer.state_dict()), later.load_state_dict(scheduler.state_dict())
+    optim.take_settings(again, later, asked)
+    (group,) = again.param_groups
+    assert group["weight_decay"] == 0.2 and group["lr"] == pytest.approx(3e-2 * expected)
+    weight.grad = torch.ones(2)
+    again.step(), later.step()
+    following = 0.9**6 if of_class else 0.5 * (1 + math.cos(math.pi * 6 / 24))
+    assert group["lr"] == pytest.approx(3e-2 * following) and again.state[weight]["step"] == 6
 
 
 def test_a_state_of_another_optimizer_or_damaged_by_hand_is_one_sentence(tmp_path):
@@ -177,7 +207,9 @@ def test_what_changes_the_result_is_named_and_needs_resume_anyway(toy, pictures,
         resume(toy, pictures, tmp_path, stopped, "--learning_rate", "0.5")
     resume(toy, pictures, tmp_path, stopped, "--learning_rate", "0.5", "--resume_anyway", "--save_precision", "bf16")
     said = capsys.readouterr().out
-    assert "step 2 of 3 (epoch 1, step 2 of 3 in it), loss average " in said and "; learning rates: " in said
+    assert re.search(
+        r"step 2 of 3 \(epoch 1, step 2 of 3 in it\), loss average [\d.]+; learning rates: unet 0.5\n", said
+    )
     assert "changed: learning_rate" in said and "(it changes the result)" in said
     assert "changed: save_precision None -> 'bf16'\n" in said and "changed: max_train_steps 2 -> 3\n" in said
 
