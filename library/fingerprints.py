@@ -152,8 +152,8 @@ class Identity:
 
 
 def identify(checkpoint: Checkpoint, exact: bool = False) -> Identity:
-    """What the file is. `exact` also compares every key with the layout of a family that is trained here, which
-    builds the model on the meta device and so imports torch and diffusers."""
+    """What the file is. `exact` also compares every key: with the lists of released files, else with the layout of a
+    family that is trained here, which builds the model on the meta device and so imports torch and diffusers."""
     shapes = checkpoint.shapes
     common: dict[str, Any] = {"dtypes": _count(checkpoint), "parameters": sum(_numel(s) for s in shapes.values())}
     if any(key.endswith(LORA_SUFFIXES) for key in shapes):
@@ -219,7 +219,7 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, den
             layout = part.layout_in(shapes)
             if not layout:
                 continue
-            wanted = _names(part, layout, chosen) if exact else shapes
+            wanted = (_released(shapes) or _names(part, layout, chosen)) if exact else shapes
             unmatched = [k for k in shapes if k not in wanted and not part.may_carry(k, shapes[k])]
             return Identity(
                 kind,
@@ -234,6 +234,22 @@ def _known_part(checkpoint: Checkpoint, common: dict[str, Any], exact: bool, den
                 **common,
             )
     return None
+
+
+def _released(shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """The list of the released model that this file is, to the last key and shape; none of them: nothing.
+
+    All lists are read in some 20 ms, where building a model to compare takes seconds of imports.
+    """
+    for path in sorted(RELEASED.glob("*.json.gz")):
+        listed = _list(path)
+        if listed.keys() == shapes.keys() and all(listed[key] == tuple(shapes[key]) for key in listed):
+            return listed
+    return {}
+
+
+def _list(path: Path) -> dict[str, Shape]:
+    return {key: tuple(shape) for key, shape in json.loads(gzip.decompress(path.read_bytes())).items()}
 
 
 def _names(part: Any, layout: str, checkpoint: Checkpoint) -> dict[str, Shape]:
@@ -308,10 +324,10 @@ def _modules_of(name: str) -> Mapping[str, Shape]:
     """Modules of a family's denoiser as `_any_block` writes them: of the released model, with the shapes of their
     weights, and of its tables, without."""
     part = get_family(name).denoiser
-    index = json.loads((RELEASED / "index.json").read_text(encoding="utf-8"))
-    path = RELEASED / f"{index.get(name, {}).get('denoiser', name)}.json.gz"
-    keys = json.loads(gzip.decompress(path.read_bytes())) if path.is_file() else {}
-    listed = {key.removesuffix(".weight"): tuple(keys[key]) for key in keys if key.endswith(".weight")}
+    families = json.loads((RELEASED / "index.json").read_text(encoding="utf-8"))["families"]
+    path = RELEASED / f"{families.get(name, {}).get('denoiser', name)}.json.gz"
+    keys = _list(path) if path.is_file() else {}
+    listed = {key.removesuffix(".weight"): keys[key] for key in keys if key.endswith(".weight")}
     for prefix in filter(None, part.prefixes):
         listed |= {module.removeprefix(prefix): shape for module, shape in listed.items()}
     tables = [table for table in part.layouts.values() if not callable(table)]  # a callable needs the model's size

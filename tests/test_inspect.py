@@ -37,6 +37,29 @@ def test_the_parts_of_a_model_are_named_and_every_key_is_matched(toy):  # noqa: 
         assert found["parameters"] > 50_000 and found["dtypes"].keys() == {"F32"}
 
 
+def test_released_models_are_known_to_the_last_key_without_torch(tmp_path):
+    """All lists of `library/released`, each as a file; what other tests hold the layouts against is not built again."""
+    from library.memory.released import FOLDER, write
+
+    names = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("*.json.gz"))
+    files = [str(write(name, tmp_path)) for name in names]
+    code = (
+        "import json, sys; from library.fingerprints import identify_path\n"
+        "found = [identify_path(path) for path in sys.argv[1:]]\n"
+        "print(json.dumps([[[f.kind, f.matched, f.unmatched, f.missing] for f in found], 'torch' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True)
+    found, has_torch = json.loads(done.stdout)
+    assert not has_torch and len(found) == len(names) > 50
+    for name, (kind, matched, unmatched, missing) in zip(names, found, strict=True):
+        assert kind != "unknown" and matched > 0 and unmatched == missing == [], (
+            name,
+            kind,
+            unmatched[:3],
+            missing[:3],
+        )
+
+
 @pytest.mark.parametrize("form", ["comfy", "kohya", "diffusers"])
 def test_a_lora_is_named_with_its_format_and_family(toy, pictures, tmp_path, form):  # noqa: F811
     train(toy, pictures, tmp_path, "--max_train_steps", "1", "--save_format", form)
