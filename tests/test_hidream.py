@@ -1,5 +1,7 @@
 """HiDream as a whole: text and pictures against diffusers' pipeline, Llama live and stored, experts, files, mistakes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -166,7 +168,7 @@ def test_dev_and_fast_draw_with_fresh_noise(toy):
             x = (1 - then) * data + then * torch.randn(1, 16, 4, 4, generator=generator)
     assert relative(ours, x) < 1e-4
     assert defaults_of(studio.family).sample_steps == 28 and defaults_of(studio.family).scale == 1.0
-    assert "distilled" in studio.family.advice(None)[0] and not FAMILY.advice(None)
+    assert "distilled" in studio.family.advice(SimpleNamespace(base_weights=None))[0] and not FAMILY.advice(None)
     plain = studio_of(toy, model_version="fast", sample_sampler="euler")
     assert (plain.settings["sample_sampler"], plain.arguments.infer_steps) == ("euler", 16)
     assert studio.arguments.sample_sampler == "lcm" and studio_of(toy).arguments.sample_sampler == "euler"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import flux_blocks, ragged, t5, tokens, vae_ldm
+from library.components import few_steps, flux_blocks, ragged, t5, tokens, vae_ldm
 from library.components.tokenizers import ended
 from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, block, count, identity, our_view, row
@@ -188,6 +188,7 @@ CHROMA = Family(
     base_model_version="chroma",
     resolution=1024,
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "flash turbo"),
     channels_of=channels_of,
     inference_options=(LENGTH,),
     sampling={"sample_steps": 35, "scale": 5.0},  # diffusers' ChromaPipeline, which shifts by the size of the picture

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import clip, flux_text, ragged, t5, tokens, vae_ldm
+from library.components import clip, few_steps, flux_text, ragged, t5, tokens, vae_ldm
 from library.components.flux_blocks import FLUX as COMFY
 from library.components.flux_blocks import TIMES
 from library.errors import ConfigError
@@ -215,7 +215,8 @@ def variant_of(options: Any) -> Family:
     )
     if is_guided:
         return replace(family, sampling={"sample_steps": FLUX.sampling["sample_steps"]}) if bypass else family
-    return replace(family, title="FLUX.1 schnell", sampling=SCHNELL, architecture="flux-1-schnell")
+    advice = partial(few_steps.sentence, f"{checkpoint.path} embeds no guidance, like FLUX.1 schnell")
+    return replace(family, title="FLUX.1 schnell", sampling=SCHNELL, architecture="flux-1-schnell", advice=advice)
 
 
 # T5 tokens of the published models, and of schnell (Black Forest Labs' code).
@@ -263,6 +264,7 @@ FLUX = Family(
     encode_item=encode_item,
     max_controls=8,
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "turbo hyper-flux hyper_flux"),
     channels_of=channels_of,
     inference_options=OPTIONS,
     sampling={"sample_steps": 28, "guidance_scale": 3.5},  # diffusers' FluxPipeline

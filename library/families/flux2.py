@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import control_pictures, flux2_text, mistral, qwen3, ragged, tokens, vae_flux2
+from library.components import control_pictures, few_steps, flux2_text, mistral, qwen3, ragged, tokens, vae_flux2
 from library.errors import ConfigError
 from library.families.family import Cond, Family, ItemInput, Part
 from library.layout import Shape, block, count, identity, our_view, row, swap_halves
@@ -190,21 +190,18 @@ def variant_of(options: Any) -> Family:
         raise ConfigError(f"--guidance_scale {options.guidance_scale:g} has no effect: {path} embeds no guidance")
     family = replace(KLEIN, released=KLEIN.released | KLEIN_9B) if size == "9b" else KLEIN
     is_distilled = asked in ("klein-4b", "klein-9b") or pipeline_facts(path).get("is_distilled", False)
-    if not is_distilled:
+    is_named = few_steps.word_in(path, DENOISER, "klein-4b klein-9b klein_4b klein_9b")  # the other is klein-base-4b
+    if not is_distilled and (asked or not is_named):
         return family
-    return replace(family, title="Flux 2 klein (distilled)", sampling={"sample_steps": 4}, advice=distilled)
-
-
-def distilled(options: Any) -> tuple[str, ...]:
-    """Few-step models unlearn their few steps when they are trained as a flow."""
-    told = "the distilled klein loses its 4 steps in training; train a LoRA on klein-base and use it on this one"
-    return () if options.base_weights else (f"{told}, or name a training adapter as --base_weights",)
+    why = f"--model_version {asked}" if asked else f"{path} is the distilled klein (the other one is klein-base)"
+    advice = partial(few_steps.sentence, why)
+    return replace(family, title="Flux 2 klein (distilled)", sampling={"sample_steps": 4}, advice=advice)
 
 
 WIDTHS = {3072: "4b", 4096: "9b"}  # of the published klein models
 KLEIN_9B = {"denoiser": "flux2_klein_9b", "text_encoder": "te_qwen3_8b"}
 MODEL_VERSION = Option(
-    "model_version", "str", None, "dev and klein are told apart by the file, the distilled klein from its base are not",
+    "model_version", "str", None, "dev and klein are told apart by the file, klein and klein-base by its name",
     choices=("dev", "klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b"),
 )  # fmt: skip
 FLUX2 = Family(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import clip, hidream_text, llama3, t5, vae_ldm
+from library.components import clip, few_steps, hidream_text, llama3, t5, vae_ldm
 from library.families.family import Cond, Family, Part, PartlyLive
 from library.layout import Shape, count, identity
 from library.objective import FLOW, Sampler
@@ -103,10 +103,6 @@ def fresh_noise(x: Tensor, velocity: Tensor, now: Tensor, then: Tensor, fresh: A
     return (1 - then) * (x - now * velocity) + then * fresh()
 
 
-def distilled(options: Any) -> tuple[str, ...]:
-    return ("dev and fast are distilled and lose that in training; train a LoRA on full and use it on them",)
-
-
 def variant_of(options: Any) -> Family:
     """The record with the run's Llama tokens and cache; steps and sampler of the model that is asked for."""
     length, version = options.max_llama3_sequence_length, options.model_version
@@ -122,7 +118,7 @@ def variant_of(options: Any) -> Family:
         partly_live=None if stored else replace(LIVE, encode=partial(hidream_text.encode_cached, **own)),
         recipe=f"llama {length}{' stored' if stored else ''}",
         sampling=usual | {"sample_sampler": options.sample_sampler or usual["sample_sampler"]},
-        advice=HIDREAM.advice if version == "full" else distilled,
+        advice=HIDREAM.advice if version == "full" else partial(few_steps.sentence, f"--model_version {version}"),
     )
 
 

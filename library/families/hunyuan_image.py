@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import glyphs, hunyuan, qwen25_vl, ragged, t5, vae_hunyuan_image
+from library.components import few_steps, glyphs, hunyuan, qwen25_vl, ragged, t5, vae_hunyuan_image
 from library.components.tokenizers import wrapped
 from library.errors import ConfigError
 from library.families.family import Cond, Family, Part, Text
@@ -177,7 +177,12 @@ def variant_of(options: Any) -> Family:
     if not is_distilled:
         return family
     guidance = options.guidance_scale if is_training else DISTILLED["guidance_scale"]
-    return replace(family, predict=partial(predict, guidance=guidance), sampling=DISTILLED)
+    return replace(
+        family,
+        predict=partial(predict, guidance=guidance),
+        sampling=DISTILLED,
+        advice=partial(few_steps.sentence, f"{checkpoint.path} is the distilled model, which embeds a guidance"),
+    )
 
 
 # Tencent's published inference settings of the distilled model: no classifier-free guidance.

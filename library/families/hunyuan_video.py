@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.components import (
     clip,
+    few_steps,
     frames,
     hunyuan,
     hunyuan_first,
@@ -247,6 +248,7 @@ HUNYUAN_VIDEO = Family(
     resolution=720,  # an area about that of 960 x 544, the smaller of Tencent's two
     frames=FrameRule(4, 1, 24.0),
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "fasthunyuan fast_hunyuan fast-hunyuan"),
     channels_of=lambda denoiser: int(denoiser.config.out_channels),
     # Tencent's own inference script
     sampling={"sample_steps": 50, "guidance_scale": 6.0, "flow_shift": 7.0, "frame_count": 129},

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import glyphs, hunyuan, qwen25_vl, t5, vae_hunyuan_video15, vision
+from library.components import few_steps, glyphs, hunyuan, qwen25_vl, t5, vae_hunyuan_video15, vision
 from library.errors import ConfigError
 from library.families.family import Cond, Family, FrameRule, ItemInput, Part, Text
 from library.layout import Shape, identity, our_view
@@ -217,7 +217,9 @@ def variant_of(options: Any) -> Family:
         title=f"HunyuanVideo-1.5 {task.upper()}{', distilled' * (steps or is_distilled)}",
         sampling=sampling,
         resolution=RESOLUTIONS[lines],
-        advice=partial(advice, path) if steps or is_distilled else HUNYUAN_VIDEO_15.advice,
+        advice=partial(few_steps.sentence, f"{path} is distilled")
+        if steps or is_distilled
+        else HUNYUAN_VIDEO_15.advice,
     )
     if task == "t2v":
         return family
@@ -227,13 +229,6 @@ def variant_of(options: Any) -> Family:
         encode_item=continued,
         recipe="i2v",
         frames=FrameRule(4, 1, 24.0, least=5, first_frame="needed"),
-    )
-
-
-def advice(path: str, options: Any) -> tuple[str, ...]:
-    return (
-        f"{path} is distilled, and training unlearns some of that; a LoRA of the model that it was made of can be used "
-        "with it, too",
     )
 
 

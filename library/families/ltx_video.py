@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import frames, ragged, t5, vae_ltx
+from library.components import few_steps, frames, ragged, t5, vae_ltx
 from library.components.tokenizers import ended
 from library.families.family import Cond, Family, FrameRule, ItemInput, Part, Text
 from library.layout import Shape, block, count, identity, our_view, row
@@ -226,6 +226,7 @@ LTX_VIDEO = Family(
     encode_item=encode_item,
     vary=frames.vary,
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "distilled"),
     inference_options=(LENGTH,),
     # Lightricks' 40 steps and guidance of 3 for the models that are not distilled.
     sampling={"sample_steps": 40, "scale": 3.0, "frame_count": 121, "negative_prompt": NEGATIVE},

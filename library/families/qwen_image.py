@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import control_pictures, qwen25_vl, ragged, tokens, vae_wan
+from library.components import control_pictures, few_steps, qwen25_vl, ragged, tokens, vae_wan
 from library.components.sizes import stated
 from library.components.tokenizers import wrapped
 from library.errors import ConfigError
@@ -229,6 +229,7 @@ QWEN_IMAGE = Family(
     resolution=1328,
     objective=flow_from(TERMINAL),
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "lightning lightx2v"),
     channels_of=channels_of,
     inference_options=(MODEL_VERSION,),
     sampling={"sample_steps": 50, "scale": 4.0, "negative_prompt": " "},  # of the published pipelines and examples

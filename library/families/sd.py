@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import clip, unet, vae_ldm
+from library.components import clip, few_steps, unet, vae_ldm
 from library.components import clip_prompts as prompts
 from library.components import stable_diffusion as sd
 from library.errors import ConfigError
@@ -140,6 +140,7 @@ SD = Family(
     resolution=512,
     objective=ddpm(),
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "turbo lightning lcm hyper-sd hyper_sd"),
     text_prefixes=("lora_te",),
     container={
         DENOISER.name: ("model.diffusion_model.", "ldm"),

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import clip, sd3_text, t5, tokens, vae_ldm
+from library.components import clip, few_steps, sd3_text, t5, tokens, vae_ldm
 from library.errors import ConfigError
 from library.families.family import Cond, Family, Part
 from library.layout import Row, Shape, block, count, identity, our_view, row, swap_halves
@@ -200,7 +200,7 @@ def variant_of(options: Any) -> Family:
         base_model_version=kind,
         vary=partial(sd3_text.vary, large=large),
         recipe=" ".join(marks),
-        advice=lambda options: () if has_t5 else (NO_T5,),
+        advice=few_steps.joined(SD3.advice, lambda options: () if has_t5 else (NO_T5,)),
     )
 
 
@@ -251,6 +251,7 @@ SD3 = Family(
     base_model_version="3-medium",
     resolution=1024,
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "turbo lightning"),
     inference_options=TEXT,
     sampling=SAMPLING["3-medium"],
     released={"denoiser": "sd3", "vae": "vae_sd3", "clip_l": "te_clip_l", "clip_g": "te_clip_g", "t5xxl": "te_t5xxl"},

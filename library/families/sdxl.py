@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from library.components import clip, unet, vae_ldm
+from library.components import clip, few_steps, unet, vae_ldm
 from library.components import clip_prompts as prompts
 from library.components import stable_diffusion as sd
 from library.families.family import Cond, Family, ItemInput, Text
@@ -99,6 +99,7 @@ SDXL = Family(
     objective=ddpm(),
     encode_item=encode_item,
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "turbo lightning lcm hyper-sd hyper_sd dmd2"),
     text_prefixes=("lora_te1", "lora_te2"),
     container={
         DENOISER.name: ("model.diffusion_model.", "ldm"),

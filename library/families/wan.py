@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import frames, t5, vae_wan, vision, wan
+from library.components import few_steps, frames, t5, vae_wan, vision, wan
 from library.components.tokenizers import ended
 from library.components.wan import ADAPTED, BLOCKS, DENOISER, TOKENS, predict
 from library.errors import ConfigError
@@ -145,7 +145,7 @@ def variant_of(options: Any) -> Family:
         decode_latents=partial(vae_wan.decode, chunk=chunk),
         frames=frames,
         sampling=kind.sampling,
-        advice=partial(advice_of_two if pair else advice, path, kind),
+        advice=few_steps.joined(WAN.advice, partial(advice_of_two if pair else advice, path, kind)),
         **changes,
     )
 
@@ -273,6 +273,7 @@ WAN = Family(
     resolution=640,  # an area about that of 832 x 480
     frames=FrameRule(4, 1, 16.0),
     variant_of=variant_of,
+    advice=few_steps.by_name(DENOISER, "lightx2v lightning causvid fastwan distill turbo dmd"),
     channels_of=lambda denoiser: int(denoiser.config.out_channels),
     inference_options=(
         CLIP, CHUNK, VERSION, SECOND, EDGE,

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.components import decoder, qwen3, vae_ldm
+from library.components import decoder, few_steps, qwen3, vae_ldm
 from library.components.tokenizers import wrapped
 from library.families.family import Cond, Family, Part, Text
 from library.layout import Shape, block, row
@@ -149,17 +148,11 @@ def variant_of(options: Any) -> Family:
     """Turbo has the shapes of the base; the name of its file says which it is."""
     from library.checkpoints import path_of
 
-    if "turbo" not in Path(path_of(DENOISER, options) or "").name.lower():
+    if not few_steps.word_in(path_of(DENOISER, options), DENOISER, "turbo"):
         return Z_IMAGE
     # Tongyi's example for Turbo: eight steps that end at the data, no guidance; the shift of its scheduler.
     few = {"sample_steps": 8, "scale": 1.0, "flow_shift": 3.0}
-    return replace(Z_IMAGE, title="Z-Image Turbo", sampling=few, advice=distilled)
-
-
-def distilled(options: Any) -> tuple[str, ...]:
-    """Few-step models unlearn their few steps when they are trained as a flow."""
-    told = "Turbo loses its 8 steps in training; name its training adapter as --base_weights"
-    return () if options.base_weights else (f"{told}, or train a LoRA on the base model and use it on Turbo",)
+    return replace(Z_IMAGE, title="Z-Image Turbo", sampling=few, advice=few_steps.by_name(DENOISER, "turbo"))
 
 
 Z_IMAGE = Family(
