@@ -252,7 +252,7 @@ class NetworkTrainer:
         outputs.before_training()
         self.stops.in_loop = True  # from here on a stop waits for the end of the step
         for step in self.loader(self.position.step):
-            outputs.step_begins()
+            outputs.step_begins(step)
             self.take_turn(step.number)
             optim.begin_step(self.optimizer, step.number)
             if self.network is not None:

@@ -49,7 +49,7 @@ def trainer_round(trainer, number: int) -> float:
     trainer.loader.max_steps = trainer.plan.total_steps = (number + 1) * STEPS + 1000
     start = time.perf_counter()
     for done, step in enumerate(trainer.loader(trainer.position.step)):
-        trainer.outputs.step_begins()
+        trainer.outputs.step_begins(step)
         losses = [trainer._micro_step(batch, step.number, k) for k, batch in enumerate(step.batches)]
         trainer.outputs.after_backward()
         loss, norm = trainer._update(step, losses)

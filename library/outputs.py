@@ -19,6 +19,7 @@ from library.dump import dump_batch
 from library.errors import DiskError, Interrupted, NonFiniteError
 from library.health import Late
 from library.memory import plan_of_run
+from library.memory.peaks import Peaks
 from library.metadata import save_metadata, training_metadata
 from library.saving import Saves, Schedule, file_name
 from library.updates import Updates
@@ -28,6 +29,7 @@ from library.watch import Watch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from library.batches import Step
     from train_network import NetworkTrainer
 
 
@@ -53,7 +55,7 @@ class Outputs:
         self.dumped = False
         self.captured: list[tuple] | None = None  # what a step hands to the dump, while one is computed again
         self.first_number = trainer.position.step
-        self.updates = Updates(trainer)
+        self.updates, self.peaks = Updates(trainer), Peaks(self.runtime.device)
         beats = self.folder / f"{self.name}-heartbeat.json" if self._main else None
         self.watch = Watch(beats, functools.partial(print, flush=True))
         if self._main:
@@ -102,9 +104,10 @@ class Outputs:
                 step=trainer.position.step, event="first step begins", time=time.time(), seconds=self.runtime.seconds
             )
 
-    def step_begins(self) -> None:
+    def step_begins(self, step: Step) -> None:
         """The loader has handed over the step's data."""
-        self.data_ready = time.perf_counter()
+        self.data_ready, self.batches = time.perf_counter(), step.batches
+        self.peaks.begin()
 
     def after_backward(self) -> None:
         """Before the gradients of the processes are added up, which fills in what is missing."""
@@ -124,6 +127,7 @@ class Outputs:
             Late(torch.stack([loss.detach().float(), norm.detach().float()])),
             {"data": self.data_ready - self.step_started, "step": now - self.data_ready},
             optim.learning_rates(trainer.optimizer, trainer.optimizer.param_groups),
+            self.peaks.end(self.batches),
         )
         self.step_started = now
         self.watch.step(position.step)
@@ -163,7 +167,7 @@ class Outputs:
     def _write_pending(self) -> None:
         if self.pending is None:
             return
-        step, epoch, late, seconds, rates = self.pending
+        step, epoch, late, seconds, rates, memory = self.pending
         self.pending = None
         position = self.trainer.position
         loss, norm = late.numbers()
@@ -185,6 +189,7 @@ class Outputs:
                 lr=rates,
                 seconds=seconds,
                 eta=eta,
+                **memory,
             )
             self._track(
                 {
@@ -338,11 +343,12 @@ class Outputs:
         self.say(f"report: {path}")
 
     def _memory(self) -> dict[str, str]:
-        """The device's highest use beside the planned one."""
-        text = plan_of_run.measured(self.trainer.plan.memory, self.runtime.device)
-        if text:
-            self.say(f"memory, most at one time on {self.runtime.device}: {text}")
-        return {"memory, most at one time": text} if text else {}
+        """The device's highest use beside the planned one, and that of each bucket."""
+        text = plan_of_run.measured(self.trainer.plan.memory, self.peaks.highest())
+        if not text:
+            return {}
+        self.say(f"memory, most at one time on {self.runtime.device}: {text}")
+        return {"memory, most at one time": text, **self.peaks.facts()}
 
     def _style(self) -> dict[str, str]:
         """How far the sample pictures are from the training pictures, before and after."""

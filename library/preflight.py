@@ -84,7 +84,7 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
     plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
     plan.base_weights, plan.trained = _base_weights(options), trained
-    plan.warnings += family.advice(options)
+    plan.warnings += (*family.advice(options), *precision_advice(family, options.mixed_precision))
     plan.findings = summary(examined.findings)
     plan.origin = origin(options, family, dataset)
     if options.resume:
@@ -173,6 +173,16 @@ def _check_compiler(options: Options) -> None:
         from library.memory import compiled
 
         compiled.check(options)
+
+
+def precision_advice(family: Family, precision: str) -> tuple[str, ...]:
+    """A warning about a --mixed_precision that this model's activations may not fit into."""
+    if precision == "no" or precision in family.half:
+        return ()
+    return (
+        f"--mixed_precision {precision}: {family.title} is known to have activations that are too large for it; "
+        f"take {' or '.join(family.half)}, or no",
+    )
 
 
 def _check_network(options: Options) -> None:

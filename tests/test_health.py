@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 from training_support import arguments, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
-from library import health, updates
+from library import health, options, preflight, updates
 from library.errors import NonFiniteError
+from library.families import FAMILIES, get_family
 
 STEPS = ("--max_train_steps", "7", "--learning_rate", "1e-2")
 
 
 def prepared(toy, pictures, output, *extra):  # noqa: F811
     """A trainer whose setup is done, and which is not running yet."""
-    from library import options
     from library.stops import Stops
     from train_network import NetworkTrainer
 
@@ -38,6 +38,24 @@ def poison(trainer, name: str) -> int:
 
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.trained.items()}
+
+
+# The classes of ComfyUI's supported_models.py that list no fp16, and those whose blocks add up in float32 there.
+NO_FP16 = {
+    "ltx_video", "hunyuan_video", "hunyuan_video_15", "hunyuan_image", "lumina_2", "z_image", "hidream", "omnigen2",
+    "qwen_image", "anima", "cosmos_predict2",
+}  # fmt: skip
+
+
+def test_the_plan_warns_of_fp16_for_models_that_are_known_to_overflow(toy, pictures, tmp_path):  # noqa: F811
+    assert {name for name in FAMILIES if "fp16" not in get_family(name).half} == NO_FP16
+    for precision, warned in (("fp16", True), ("bf16", False), ("no", False)):
+        words = arguments(toy, pictures, tmp_path, "--mixed_precision", precision, "--max_train_steps", "1")
+        plan = preflight.check(options.parse("z_image", words, "test"), say=lambda text: None)
+        text = (
+            "--mixed_precision fp16: Z-Image is known to have activations that are too large for it; take bf16, or no"
+        )
+        assert (f"note: {text}" in plan.text) is warned
 
 
 OPTIMIZERS = {

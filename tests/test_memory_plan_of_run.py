@@ -8,7 +8,7 @@ import torch
 from training_support import arguments, pictures, toy, train  # noqa: F401  (fixtures)
 
 from library import options as option_machinery
-from library.memory import plan_of_run
+from library.memory import peaks, plan_of_run
 from library.preflight import check
 
 RUN = ("--max_train_steps", "1")
@@ -64,8 +64,35 @@ def test_on_an_accelerator_the_free_memory_decides_what_is_said(toy, pictures, t
     assert "warning: the device has 0.00 GB free" in lines[0] and "in 0.001 GB it does not fit; closest is" in lines[0]
     assert "--gradient_checkpointing" in lines[0] and json.dumps(found)
     assert plan_of_run.compared(5 * 10**9, 6 * 10**9) == "the device has 6.00 GB free"
-    monkeypatch.setattr(
-        torch, "get_device_module", lambda device: SimpleNamespace(max_memory_allocated=lambda: 2 * 10**9)
-    )
-    assert plan_of_run.measured({"device": {"peak_bytes": 3 * 10**9}}, device) == "2.00 GB, 3.00 GB planned"
-    assert plan_of_run.measured(None, device) == "2.00 GB" and not plan_of_run.measured(None, torch.device("cpu"))
+    assert plan_of_run.measured({"device": {"peak_bytes": 3 * 10**9}}, 2 * 10**9) == "2.00 GB, 3.00 GB planned"
+    assert plan_of_run.measured(None, 2 * 10**9) == "2.00 GB" and not plan_of_run.measured(None, None)
+
+
+def test_each_bucket_has_its_peak_in_the_log_and_the_report(toy, pictures, tmp_path, monkeypatch):  # noqa: F811
+    """On a made-up device whose memory is a list of peaks, the first from before the first step."""
+
+    class Made:
+        values, now = iter([3, 5, 2, 4]), 9 * 10**9
+
+        def max_memory_allocated(self, device):
+            return self.now
+
+        def reset_peak_memory_stats(self, device):
+            self.now = next(self.values) * 10**9
+
+    monkeypatch.setattr(peaks, "counter", lambda device, made=Made(): made)  # noqa: B008
+    train(toy, pictures, tmp_path, "--max_train_steps", "4")  # an epoch is 2, 2 and 1 pictures
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    found = [(line["bucket"], line["peak_bytes"] // 10**9) for line in lines if "loss" in line]
+    assert [peak for _, peak in found] == [3, 5, 2, 4] and {name for name, _ in found} == {"2 x 64x64", "1 x 64x64"}
+    report = (tmp_path / "run-report.md").read_text(encoding="utf-8")
+    assert "| memory, most at one time | 9.00 GB |" in report
+    for bucket in ("2 x 64x64", "1 x 64x64"):
+        most = max(peak for name, peak in found if name == bucket)
+        assert f"| memory, most in training with {bucket} | {most}.00 GB |" in report
+
+
+def test_a_processor_counts_no_peaks():
+    one = peaks.Peaks(torch.device("cpu"))
+    one.begin()
+    assert one.highest() is None and one.end([]) == {} == one.facts()

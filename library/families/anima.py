@@ -153,6 +153,7 @@ ANIMA = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI keeps what its blocks add up in float32 where it computes in fp16
     # sd-scripts and diffusion-pipe (the seed's system): a logit-normal distribution without a shift.
     defaults={"timestep_sampling": "sigmoid"},
     options=(

@@ -85,6 +85,7 @@ COSMOS_PREDICT2 = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI keeps what its blocks add up in float32 where it computes in fp16
     # diffusion-pipe (the seed's system) draws sigma from a logit-normal distribution without a shift, and its advice
     # for fp8 is e5m2.
     defaults={"timestep_sampling": "sigmoid", "fp8_format": "e5m2"},

@@ -172,6 +172,7 @@ class Family:
     save_formats: tuple[str, ...] = ("comfy",)  # LoRA formats, default first
     architecture: str = ""  # modelspec.architecture without "/lora"
     base_model_version: str = ""  # ss_base_model_version
+    half: tuple[str, ...] = ("bf16", "fp16")  # values of --mixed_precision in which its activations are known to fit
     resolution: int = 1024  # the model's usual side length
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of all that it was trained at, if it takes no others
     objective: Objective = FLOW  # how noise is mixed in, what `predict` returns, how a sampler steps

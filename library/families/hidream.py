@@ -154,6 +154,7 @@ HIDREAM = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     defaults={"timestep_sampling": "sigmoid"},  # diffusion-pipe's default: logit-normal, no shift
     options=(
         *OPTIONS,

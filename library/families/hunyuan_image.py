@@ -204,6 +204,7 @@ HUNYUAN_IMAGE = Family(
     pixel_multiple=32,
     latent_channels=64,
     latent_downscale=32,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # sd-scripts' guide: sigma sampling with shift 5.0, which is also Tencent's shift at inference.
     defaults={"timestep_sampling": "sigma", "discrete_flow_shift": 5.0},
     options=(

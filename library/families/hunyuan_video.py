@@ -235,6 +235,7 @@ HUNYUAN_VIDEO = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # musubi-tuner's advice for HunyuanVideo; 7 is also Tencent's shift at inference.
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 7.0},
     options=(

@@ -253,6 +253,7 @@ HUNYUAN_VIDEO_15 = Family(
     pixel_multiple=16,
     latent_channels=32,
     latent_downscale=16,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # musubi-tuner's advice; diffusion-pipe has no shift, and says that 3 may suit videos.
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 2.0},
     options=(SEEN, TASK),

@@ -209,6 +209,7 @@ LTX_VIDEO = Family(
     pixel_multiple=PER_TOKEN,
     latent_channels=128,
     latent_downscale=PER_TOKEN,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # diffusion-pipe (the seed's system) draws sigma from a logit-normal distribution and has no shift for this model.
     defaults={"timestep_sampling": "sigmoid"},
     options=(

@@ -198,6 +198,7 @@ LUMINA_2 = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # diffusion-pipe's `lumina_shift`, as its documentation advises: Flux's line through the tokens.
     defaults={"timestep_sampling": "flux_shift"},
     options=TEXT_OPTIONS,

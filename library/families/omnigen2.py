@@ -174,6 +174,7 @@ OMNIGEN2 = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # OmniGen2's own fine-tuning: logit-normal with Flux's shift by tokens (options/ft_lora.yml, its transport).
     defaults={"timestep_sampling": "flux_shift"},
     save_formats=("comfy", "kohya", "diffusers"),

@@ -220,6 +220,7 @@ QWEN_IMAGE = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # musubi-tuner's documented recipe, about the published shift at 1328 x 1328.
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 2.2},
     options=(MODEL_VERSION,),

@@ -172,6 +172,7 @@ Z_IMAGE = Family(
     pixel_multiple=16,
     latent_channels=16,
     latent_downscale=8,
+    half=("bf16",),  # ComfyUI computes it in bf16 or float32
     # musubi-tuner's advice for Z-Image: sigmoid sampling with shift 2.0.
     defaults={"timestep_sampling": "shift", "discrete_flow_shift": 2.0},
     save_formats=("comfy", "kohya", "diffusers"),

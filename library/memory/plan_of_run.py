@@ -62,17 +62,12 @@ def compared(peak: int, free: int) -> str:
     return f"warning: {room}, {(peak - free) / GB:.2f} GB less than this run needs"
 
 
-def measured(plan: dict[str, Any] | None, device: Any) -> str:
-    """After a run: the device's real peak beside the planned one; nothing where a device does not count."""
-    if device.type == "cpu":
-        return ""
-    import torch
-
-    count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-    if count is None:
+def measured(plan: dict[str, Any] | None, peak: int | None) -> str:
+    """After a run: the device's real peak in bytes beside the planned one; "" where a device does not count."""
+    if peak is None:
         return ""
     planned = f", {plan['device']['peak_bytes'] / GB:.2f} GB planned" if plan else ""
-    return f"{count() / GB:.2f} GB{planned}"
+    return f"{peak / GB:.2f} GB{planned}"
 
 
 def free_bytes(device: Any) -> int | None:
