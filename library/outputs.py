@@ -238,7 +238,9 @@ class Outputs:
 
     def _validate(self, before: int) -> None:
         """`before`: how many files had been written before this step's."""
-        values = self.validation.run()
+        values = self._guarded(self.validation.run, "validation", "validation")
+        if values is None:
+            return
         step = self.trainer.position.step
         if self._main:
             self.log.write(step=step, validation=values)
@@ -274,9 +276,9 @@ class Outputs:
             lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, epoch=epoch), "sampling"
         )
 
-    def _guarded(self, work: Any, what: str) -> Any:
+    def _guarded(self, work: Any, what: str, phase: str = "sampling") -> Any:
         try:
-            with self.runtime.phase("sampling"):
+            with self.runtime.phase(phase):
                 return work()
         except Exception as error:  # auxiliary work may not kill training
             self.say(f"warning: {what} failed and was skipped ({type(error).__name__}: {error})")

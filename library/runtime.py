@@ -86,7 +86,7 @@ class Runtime:
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds of the enclosed work to `self.seconds[name]`; `self.now` says what is being done."""
         start, before, self.now = time.perf_counter(), self.now, name
-        yield
+        yield  # after an exception `now` stays: it says what failed
         self.now = before
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

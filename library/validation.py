@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,22 @@ class Validation:
 
         Of several datasets also the average of each: `dataset_1`, ... in the order of the description.
         """
+        model = self.trainer.network if self.trainer.network is not None else self.trainer.denoiser
+        model.eval()
+        try:
+            errors = list(self._errors())
+        finally:
+            model.train()
+        values = {f"sigma_q{int(q * 100)}": _mean(e for _, at, e in errors if at == q) for q in QUANTILES}
+        values["average"] = sum(values.values()) / len(values)
+        datasets = sorted({number for number, _, _ in errors})
+        if len(datasets) > 1:
+            values |= {f"dataset_{n + 1}": _mean(e for number, _, e in errors if number == n) for n in datasets}
+        return values
+
+    def _errors(self) -> Iterator[tuple[int, float, float]]:
+        """(dataset, quantile, mean squared error) of every item at every noise level."""
         trainer, runtime, objective = self.trainer, self.trainer.runtime, self.trainer.family.objective
-        network, totals = trainer.network, {q: 0.0 for q in QUANTILES}
-        by_dataset: dict[int, list[float]] = {}
-        (network if network is not None else trainer.denoiser).eval()
         # Of two experts one after the other, because it takes time to change between them.
         passes = trainer.turns.grouped(QUANTILES) if trainer.turns else [QUANTILES]
         for quantiles, item in ((quantiles, item) for quantiles in passes for item in self.items):
@@ -54,15 +66,12 @@ class Validation:
                     noisy = objective.noisy(x0, noise, sigma)
                     predicted = trainer.family.predict(trainer.denoiser, noisy, sigma, conds)
                 target = objective.target(x0, noise, sigma, trainer.options)
-                error = float((predicted.float() - target).square().mean())
-                totals[q] += error
-                by_dataset.setdefault(item.dataset, []).append(error)
-        (network if network is not None else trainer.denoiser).train()
-        values = {f"sigma_q{int(q * 100)}": total / len(self.items) for q, total in totals.items()}
-        values["average"] = sum(values.values()) / len(values)
-        if len(by_dataset) > 1:
-            values |= {f"dataset_{n + 1}": sum(own) / len(own) for n, own in sorted(by_dataset.items())}
-        return values
+                yield item.dataset, q, float((predicted.float() - target).square().mean())
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 class Best:

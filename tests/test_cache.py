@@ -167,6 +167,14 @@ def test_flipped_pictures_have_their_own_latents(run):
         )
 
 
+def test_a_caption_of_several_pictures_is_encoded_and_stored_once(run):
+    for path in run.folder.glob("*.txt"):
+        path.write_text("one for all", encoding="utf-8")
+    first = run()
+    assert first.family.texts == ["", "one for all"]
+    assert len(list((run.folder / ".lorasmith" / "text").rglob("*.safetensors"))) == 2
+
+
 def test_captions_that_change_in_every_step_are_refused_beside_cached_text(run):
     with pytest.raises(ConfigError, match="shuffle_caption"):
         run(subset="shuffle_caption = true\n")

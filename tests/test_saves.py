@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,25 @@ def test_what_was_to_go_anyway_goes_early_where_the_disk_is_full_and_the_last_on
     train(toy, pictures, tmp_path, "--max_train_steps", "6", "--save_every_n_steps", "1", "--save_last_n_steps", "2")
     assert "before the new save, because the disk is full" in capsys.readouterr().out
     assert (tmp_path / "run.safetensors").exists()
+
+
+def test_what_will_be_written_is_told_at_the_start_and_that_it_does_not_fit(
+    toy, pictures, tmp_path, monkeypatch, capsys
+):  # noqa: F811
+    trainer = train(toy, pictures, tmp_path, "--max_train_steps", "2", "--save_every_n_steps", "1", "--save_state")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("disk: "))
+    found = re.fullmatch(
+        r"disk: 2 files of ([\d.]+) MB and 2 states of about ([\d.]+) MB, (\d+) MB in all; .*are free", line
+    )
+    file, held, total = map(float, found.groups())
+    sizes = [path.stat().st_size / 1e6 for path in tmp_path.glob("*.safetensors")]
+    states = [sum(p.stat().st_size for p in path.iterdir()) / 1e6 for path in tmp_path.glob("*-state")]
+    assert len(sizes) == len(states) == 2 and max(sizes) == pytest.approx(file, abs=0.1)
+    assert max(states) == pytest.approx(held, rel=0.1) and sum(sizes) + sum(states) == pytest.approx(total, abs=1)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    assert trainer.outputs.saves.forecast().endswith("1 MB are free; the run will pause when there is no room")
+    first = next(json.loads(text) for text in (tmp_path / "run.jsonl").read_text().splitlines())
+    assert first["event"] == "first step begins" and 0 < first["seconds"]["start to first step"] < 600
 
 
 def test_an_old_save_is_removed_only_after_the_new_one_is_whole(toy, pictures, tmp_path, monkeypatch):  # noqa: F811

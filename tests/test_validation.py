@@ -42,6 +42,24 @@ def test_the_best_weights_stay_and_a_resumed_run_knows_them(toy, pictures, tmp_p
     assert trainer.outputs.best.step == min(values, key=lambda step: values[step]["average"])
 
 
+def test_a_validation_that_fails_does_not_end_the_training(toy, pictures, tmp_path, monkeypatch, capsys):  # noqa: F811
+    data = tmp_path / "one.toml"
+    text = pictures.read_text(encoding="utf-8").replace("batch_size = 2", "batch_size = 2\nvalidation_split = 0.4")
+    data.write_text(text, encoding="utf-8")
+    modes = []
+
+    def errors(self):
+        modes.append(self.trainer.network.training)
+        yield 0, 0.2, 1 / 0
+
+    monkeypatch.setattr(validation.Validation, "_errors", errors)
+    trainer = train(toy, data, tmp_path, "--max_train_steps", "1")
+    said = capsys.readouterr().out
+    assert "warning: validation failed and was skipped (ZeroDivisionError: " in said
+    assert modes == [False] and trainer.network.training
+    assert (tmp_path / "run.safetensors").is_file() and not validations(tmp_path)
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_the_lowest_value_keeps_its_files_under_a_name_of_their_own(tmp_path, monkeypatch, links):
     if not links:
