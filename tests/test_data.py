@@ -298,6 +298,37 @@ def test_mistakes_in_the_description_are_named(folder, tmp_path, text):
         prepare(options(dataset_config=dataset_file(tmp_path, folder, text)), None, 16)
 
 
+UNREAD = {  # what is written into [general], the dataset, the subset -> what is said of it
+    ("", "max_bucket_reso = 512\n", ""): "dataset 1: max_bucket_reso = 512 has no effect without enable_bucket",
+    (
+        "bucket_no_upscale = true\n",
+        "",
+        "",
+    ): r"\[general\]: bucket_no_upscale = True has no effect without enable_bucket",
+    ("", "validation_seed = 3\n", ""): "validation_seed = 3 has no effect without validation_split",
+    ("", "", "keep_tokens = 2\n"): "subset 1: keep_tokens = 2 has no effect without shuffle_caption",
+    ("token_warmup_min = 3\n", "", ""): "token_warmup_min = 3 has no effect without token_warmup_step",
+    ("", "target_frames = [9, 17]\n", ""): r"dataset 1: target_frames = \(9, 17\) has no effect without videos",
+    ("", "", "control_resolution = 512\n"): "has no effect without control pictures",
+    ("keep_tokens = 2\n", "", "shuffle_caption = true\n"): "",
+    ("max_bucket_reso = 512\n", "enable_bucket = true\nmin_bucket_reso = 64\n", ""): "",
+    ("bucket_reso_steps = 64\nkeep_tokens = 0\n", "", "frame_stride = 1\n"): "",  # what holds anyway
+}
+
+
+@pytest.mark.parametrize("given", UNREAD)
+def test_a_key_that_nothing_below_its_table_reads_is_refused(folder, tmp_path, given):
+    general, dataset, subset = given
+    path = dataset_file(tmp_path, folder, f"resolution = 64\n{dataset}", subset)
+    text = f"[general]\n{general}{Path(path).read_text(encoding='utf-8')}"
+    Path(path).write_text(text, encoding="utf-8")
+    if not UNREAD[given]:
+        assert load_dataset_config(options(dataset_config=path))
+        return
+    with pytest.raises(ConfigError, match=UNREAD[given]):
+        load_dataset_config(options(dataset_config=path))
+
+
 def test_toml_syntax_errors_name_the_line(tmp_path):
     (tmp_path / "bad.toml").write_text("[general]\nx = = 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from library.data import unread
 from library.data.clips import EXTRACTIONS, TIMESTAMPS
 from library.dialects import translated_dataset
 from library.errors import ConfigError, DatasetError, nearest
@@ -221,9 +222,11 @@ def _from_table(table: Mapping[str, Any], source: str, folder: Path, options: An
     datasets = table.get("datasets", [])
     if not isinstance(datasets, Sequence) or isinstance(datasets, str) or not datasets:
         raise ConfigError(f"{source}: there is no [[datasets]] table in it")
-    return tuple(
+    specs = tuple(
         _dataset(entry, general, f"{source}, dataset {n}", folder, options) for n, entry in enumerate(datasets, 1)
     )
+    unread.check(general, [one for spec in specs for one in (spec, *spec.subsets)], f"{source}, [general]")
+    return specs
 
 
 def _dataset(entry: Any, general: Mapping[str, Any], source: str, folder: Path, options: Any) -> DatasetSpec:
@@ -256,6 +259,7 @@ def _dataset(entry: Any, general: Mapping[str, Any], source: str, folder: Path, 
             f"{source}: batch_size {spec.batch_size}, validation_split {spec.validation_split}: "
             "at least 1, and at least 0 and below 1, are possible"
         )
+    unread.check(own, (spec, *spec.subsets), source)
     return spec
 
 
@@ -280,6 +284,7 @@ def _subset(own: dict, dataset: dict, general: dict, place: str, folder: Path, o
         )
     spec = SubsetSpec(**values)
     _check_subset(spec, place, options)
+    unread.check(own, (spec,), place)
     return spec
 
 
