@@ -104,11 +104,12 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_tests_that_the_page_of_promises_names_are_there():
-    named = re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
-    assert len(named) > 60
-    for file, name in named:
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"
+def test_the_tests_that_the_pages_of_promises_name_are_there():
+    for page in ("reliability.md", "users_ask.md"):
+        named = re.findall(r"(test_\w+\.py)::(test_\w+)", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+        assert len(named) > 60
+        for file, name in set(named):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{page}: {file}::{name}"
 
 
 def test_the_option_list_is_the_one_that_the_code_generates():

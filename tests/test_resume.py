@@ -210,6 +210,7 @@ def test_what_changes_the_result_is_named_and_needs_resume_anyway(toy, pictures,
     assert re.search(
         r"step 2 of 3 \(epoch 1, step 2 of 3 in it\), loss average [\d.]+; learning rates: unet 0.5\n", said
     )
+    assert "  network: 34 modules, 185,344 parameters, rank 4\n" in said
     assert "changed: learning_rate" in said and "(it changes the result)" in said
     assert "changed: save_precision None -> 'bf16'\n" in said and "changed: max_train_steps 2 -> 3\n" in said
 
