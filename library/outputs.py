@@ -53,6 +53,7 @@ class Outputs:
         self.pending: tuple | None = None  # the step whose numbers are still on the device
         self.last_loss, self.last_norm = math.nan, math.nan
         self.dumped = False
+        self.saved: dict[int, str] = {}  # step -> name of the latest file of weights
         self.captured: list[tuple] | None = None  # what a step hands to the dump, while one is computed again
         self.first_number = trainer.position.step
         self.updates, self.peaks = Updates(trainer), Peaks(self.runtime.device)
@@ -228,6 +229,7 @@ class Outputs:
         metadata = save_metadata(self.base_metadata, step=position.step, epoch=position.epoch + 1)
         path = self.saves.weights(name, metadata, must=must)
         if path is not None:
+            self.saved = {position.step: path.name}
             self._guarded(self._tell_update, "measuring the update")
         return path
 
@@ -271,6 +273,8 @@ class Outputs:
 
     def _sample(self, step: int) -> None:
         trainer, per_epoch = self.trainer, self.trainer.plan.steps_per_epoch
+        named, self.samples.with_text = self.saved.get(step), trainer.plan.trained.any_text
+        self.samples.weights = named or file_name(self.name, step=step)
         epoch = step // per_epoch if self.options.sample_every_n_epochs and step and step % per_epoch == 0 else None
         self._guarded(
             lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, epoch=epoch), "sampling"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library import videos
+from library import videos, workflows
 from library.components import frames
 from library.data import buckets, images
 from library.data.images import to_tensor
@@ -182,6 +182,8 @@ class Samples:
         self.latents: dict[str, list[Tensor]] = {}  # of the first and of the latest column
         self.seeds = [seed_of(prompt, number, options.seed) for number, prompt in enumerate(prompts)]
         self.grid_path = folder / f"{name}-grid.png"
+        self.weights = f"{name}.safetensors"  # the file that holds, or would hold, what the samples are made with
+        self.is_network, self.with_text = bool(options.network_module), False
 
     def base(self, denoiser: torch.nn.Module, network: torch.nn.Module | None) -> None:
         """The base model's column: the network switched off, or the model before its first step."""
@@ -229,7 +231,28 @@ class Samples:
         if tag is None:
             return strip(made) if made.ndim == 4 else made
         path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
-        return videos.save(made, path, {"prompt": prompt.prompt}, self.family.frames and self.family.frames.fps)[1]
+        shown = videos.save(made, path, {"prompt": prompt.prompt}, self.family.frames and self.family.frames.fps)[1]
+        if nodes := workflows.workflow(self.family, self.options, self._made(prompt, number)):
+            workflows.write(path.with_suffix(".workflow.json"), nodes)
+        return shown
+
+    def _made(self, prompt: Prompt, number: int) -> workflows.Sampled:
+        """How one sample is made, for who makes it again."""
+        shape, sampler = self._way(prompt)
+        shift = shift_of(prompt, self.family, shape, self.options.discrete_flow_shift)
+        times = self.family.objective.sampler(sampler).times
+        return workflows.Sampled(
+            prompt,
+            size_of(prompt, self.family, self.resolution),
+            self.channels,
+            self.seeds[number],
+            shift,
+            sampler or "euler",
+            times(prompt.sample_steps, shift, image_tokens(self.family, shape)),
+            self.weights,
+            self.is_network,
+            self.with_text,
+        )
 
     def _keep(self, label: str, pictures: list[np.ndarray], latents: list[Tensor]) -> None:
         """Add a column; of too many, every second one between the first and the latest goes."""
@@ -240,7 +263,7 @@ class Samples:
         self.latents = {first: self.latents.get(first, latents), label: latents}
 
     def _latents(self, denoiser: torch.nn.Module, prompt: Prompt, pair: tuple[Cond, Cond], number: int) -> Tensor:
-        shape = latent_shape(self.family, prompt, self.channels, self.resolution)
+        shape, sampler = self._way(prompt)
         return generate_latents(
             self.family,
             denoiser,
@@ -251,8 +274,13 @@ class Samples:
             scale=prompt.scale,
             shift=shift_of(prompt, self.family, shape, self.options.discrete_flow_shift),
             device=self.device,
-            sampler=prompt.sample_sampler or getattr(self.options, "sample_sampler", None),
+            sampler=sampler,
         )
+
+    def _way(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
+        """(shape of the latents, name of the sampler or None) of a prompt."""
+        shape = latent_shape(self.family, prompt, self.channels, self.resolution)
+        return shape, prompt.sample_sampler or getattr(self.options, "sample_sampler", None)
 
 
 def style_distance(samples: list[Tensor], training: list[Tensor]) -> float:

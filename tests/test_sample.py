@@ -234,7 +234,8 @@ def sample_run(models, folder, *prompts):
     family, _, vae, text, tokenizers = models
     pair = tuple(family.encode([text], tokenizers, Text(c), "cpu") for c in ("a", ""))
     conds = [pair for _ in prompts]
-    options = SimpleNamespace(seed=1, discrete_flow_shift=2.0)
+    files = {part.option: "x.safetensors" for part in family.parts}
+    options = SimpleNamespace(seed=1, discrete_flow_shift=2.0, network_module="networks.lora", **files)
     return sample.Samples(
         list(prompts),
         family,
