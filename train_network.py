@@ -108,7 +108,7 @@ class NetworkTrainer:
         runtime.now, extra = "caching text", prompts.asked_of_text(self.prompts, self.family)
         self.text = strategies.text_source(
             self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world,
-            is_trained=self.plan.trained.any_text,
+            is_trained=self.plan.trained.any_text, wait=lambda: runtime.wait("caching text"),
         )  # fmt: skip
         self._tell_captions(early=False)
         runtime.wait("caching")

@@ -133,13 +133,7 @@ class CachedLatents:
         key = (index, flipped)
         if self.store is None:
             return self.memory[key]
-        found = self.store.get(self.identities[key])
-        if found is None:
-            raise DatasetError(
-                f"a cached latent vanished or was damaged during the run ({self.store.path(self.identities[key])}); "
-                "start again, it will be made anew"
-            )
-        return found
+        return _whole(self.store, self.identities[key])
 
     def picture(self, item: Item, rng: random.Random) -> Loaded:
         flipped = item.subset.flip_aug and rng.random() < 0.5
@@ -385,8 +379,12 @@ def text_source(
     world: int = 1,
     say: Callable[[str], None] = print,
     is_trained: bool = False,
+    wait: Callable[[], None] = lambda: None,
 ) -> LiveText | CachedText:
-    """What the options ask for. Captions that change at random cannot be cached and are refused by name."""
+    """What the options ask for. Captions that change at random cannot be cached and are refused by name.
+
+    A cache on disk is made by all processes together: each encodes its share, then `wait`s for the others'.
+    """
     if not options.cache_text_encoder_outputs:
         return LiveText(family, load_encoders, is_trained)
     requests = text_requests(dataset, family, extra)
@@ -404,11 +402,27 @@ def text_source(
         files = {identities[request]: file for request, file in requests.items()} if store else {}
         rest = cache_start.told("text", store, files, [identities[one] for one in missing]) if store else ""
         say(f"text: {len(requests)} captions and prompts, {len(requests) - len(missing)} were cached{rest}")
-    if missing:
+    share = list(requests)[rank::world] if store else list(requests)  # of all: others write meanwhile
+    if todo := [request for request in share if request not in source.memory]:
+        what = "text of this process" if store and world > 1 else "text"
         tell = say if rank == 0 else lambda text: None
-        forecast = Progress("text", len(missing), len(missing), store and store.folder, tell)
-        _encode_texts(missing, source, family, load_encoders, store if rank == 0 else None, identities, forecast)
+        forecast = Progress(what, len(todo), len(todo), store and store.folder, tell)
+        _encode_texts(todo, source, family, load_encoders, store, identities, forecast)
+    if store and world > 1:
+        wait()
+        source.memory |= {one: _whole(store, identities[one]) for one in requests if one not in source.memory}
     return source
+
+
+def _whole(store: Store, identity: str) -> Cond:
+    """An entry that was just looked for or written. Raises DatasetError."""
+    found = store.get(identity)
+    if found is None:
+        raise DatasetError(
+            f"a cached entry vanished or was damaged during the run ({store.path(identity)}); start again, it will be "
+            "made anew"
+        )
+    return found
 
 
 def text_requests(dataset: Dataset, family: Family, extra: Iterable[Request] = ()) -> dict[Request, str]:

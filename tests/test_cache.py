@@ -1,6 +1,8 @@
 """Caches: found by content, noticed when anything they were made from changes, gone on with after an interruption."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,18 +64,30 @@ def run(folder, tmp_path):  # noqa: F811
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
 
-    def start(dataset_text="resolution = 64\nbatch_size = 2\n", subset="", rank=0, world=1, limit=None, **changes):
+    alone = threading.Lock()
+
+    def start(
+        dataset_text="resolution = 64\nbatch_size = 2\n",
+        subset="",
+        rank=0,
+        world=1,
+        limit=None,
+        wait=lambda: None,
+        **changes,
+    ):
         family = Counting()
         family.limit = limit
         values = {"cache_latents": True, "cache_latents_to_disk": True, "cache_text_encoder_outputs": True,
                   "cache_text_encoder_outputs_to_disk": True, "vae": str(tmp_path / "vae.safetensors"),
                   "text_encoder": str(tmp_path / "te.safetensors"), "tokenizer": str(tmp_path / "tokenizer"),
                   "vae_batch_size": 2}  # fmt: skip
-        chosen = options(dataset_config=dataset_file(tmp_path, folder, dataset_text, subset), **{**values, **changes})
-        data = prepare(chosen, family, 16)
+        with alone:  # they write the same description
+            path = dataset_file(tmp_path, folder, dataset_text, subset)
+            chosen = options(dataset_config=path, **{**values, **changes})
+            data = prepare(chosen, family, 16)
         latents = strategies.latent_source(data, family, ENCODERS, chosen, rank, world, say=lambda text: None)
         text = strategies.text_source(
-            data, family, lambda: ([load_vae()], []), chosen, [Request("")], rank, world, say=lambda t: None
+            data, family, lambda: ([load_vae()], []), chosen, [Request("")], rank, world, lambda t: None, wait=wait
         )
         return SimpleNamespace(family=family, data=data, latents=latents, text=text)
 
@@ -151,11 +165,16 @@ def test_interrupted_caching_goes_on_where_it_stopped(run):
 
 
 def test_two_processes_share_the_work_and_read_the_same(run):
-    one = run(rank=0, world=2)
-    two = run(rank=1, world=2)
+    meet = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda rank: run(rank=rank, world=2, wait=meet.wait), (0, 1))
     assert len(one.family.encoded) == len(two.family.encoded) == 3
+    assert sorted((len(one.family.texts), len(two.family.texts))) == [3, 4]
+    assert not set(one.family.texts) & set(two.family.texts)
     whole = run()
-    assert not whole.family.encoded and torch.isfinite(whole.latents.get(5)).all()
+    assert not whole.family.encoded and not whole.family.texts and torch.isfinite(whole.latents.get(5)).all()
+    for request, cond in whole.text.memory.items():
+        assert all(torch.equal(each.text.get(request)["text"], cond["text"]) for each in (one, two))
 
 
 def test_flipped_pictures_have_their_own_latents(run):

@@ -116,7 +116,9 @@ def pair(tmp_path_factory, pictures):  # noqa: F811
 def test_two_processes_are_one_with_twice_the_batch(toy, pair, tmp_path):  # noqa: F811
     extra = (*RUN, "--lr_scheduler", "cosine", "--lr_warmup_steps", "3")
     train(toy, pair[2], tmp_path / "one", *extra)
-    run_all(tmp_path / "logs", 2, lambda rank: train(toy, pair[1], tmp_path / "two", *extra))
+    disk = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--cache_dir", str(tmp_path / "cache"))
+    run_all(tmp_path / "logs", 2, lambda rank: train(toy, pair[1], tmp_path / "two", *extra, *disk))
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2 + 3  # latents; captions and the empty one
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
     assert logged(tmp_path / "one", "lr") == logged(tmp_path / "two", "lr")
     one, two = (load_file(tmp_path / name / "run.safetensors") for name in ("one", "two"))
