@@ -74,7 +74,10 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        torch.utils._pytree.tree_map_only(Tensor, self.see, out)
+        if isinstance(out, Tensor):
+            self.see(out)
+        elif isinstance(out, list | tuple):  # most other answers are sizes and devices, asked for at every step
+            torch.utils._pytree.tree_map_only(Tensor, self.see, out)
         return out
 
     def see(self, tensor: Tensor) -> None:
