@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "tests" / "results.json"
+# The longest files begin first and the many short groups last, so that no process is left with a long one at the end.
+ORDER = {"test_memory_plan_families": 0, "test_memory_plan_advice": 0, "test_memory_compiled": 0, "test_families": 2}
 outcomes: dict[str, dict[str, str]] = {}  # family -> test -> passed, failed, skipped
 
 
@@ -25,11 +27,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """What one process runs together: a file, whose fixtures are made once, and of the longest file each family."""
+    """What one process runs together: a file, whose fixtures are made once, and of one file each family."""
     for item in items:
         module, found = item.path.stem, re.search(r"\[(\w+)\]", item.name)
         own = found[1] if module == "test_families" and found else ""
         item.add_marker(pytest.mark.xdist_group(f"{module} {own}".strip()))
+    items.sort(key=lambda item: ORDER.get(item.path.stem, 1))
 
 
 @pytest.fixture(autouse=True)
