@@ -55,7 +55,7 @@ def read_header(path: Path | str) -> Header:
             first = file.read(8)
             length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
             if not 2 <= length <= MAX_HEADER or first[:2] == b"PK":
-                raise ConfigError(f"{path} is not a safetensors file ({_guess(first)}); convert it to safetensors")
+                raise ConfigError(f"{path} is not a safetensors file ({_guess(first)}")
             if 8 + length > size:
                 raise ConfigError(
                     f"{path} is truncated: its header alone has {length} bytes, the file {size}; load it anew"
@@ -79,9 +79,13 @@ def read_header(path: Path | str) -> Header:
 
 
 def _guess(first: bytes) -> str:
+    """What a file is by its first bytes, and what to do."""
+    convert, again = "); convert it to safetensors", "); load it anew"
     if first[:2] == b"PK" or first[:1] == b"\x80":
-        return "it looks like a pickle, which is only read from a file named .pt or .pth"
-    return "its first bytes are no header length"
+        return f"it looks like a pickle, which is only read from a file named .pt or .pth{convert}"
+    known = {b"GGUF": f"it is GGUF, which is not read{convert}", b"vers": f"it looks like a pointer of Git LFS{again}"}
+    known |= dict.fromkeys((b"<!DO", b"<!do", b"<htm"), f"it is a web page{again}")
+    return known.get(first[:4], f"its first bytes are no header length{convert}")
 
 
 def _tensor(path: Path, key: str, value: object) -> TensorInfo:

@@ -57,6 +57,21 @@ def test_a_damaged_file_is_one_sentence_that_names_it(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"GGUF\x03\x00\x00\x00", r"it is GGUF, which is not read\); convert it"),
+        (b"version https://git-lfs.github.com/spec/v1", r"a pointer of Git LFS\); load it anew"),
+        (b"<!DOCTYPE html>", r"a web page\); load it anew"),
+        (b"\xff" * 8, r"no header length\); convert it"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_told_by_its_first_bytes(tmp_path, start, said):
+    (tmp_path / "model.safetensors").write_bytes(start + b"\0" * 200)
+    with pytest.raises(ConfigError, match=f"model.safetensors is not a safetensors file .*{said}"):
+        read_header(tmp_path / "model.safetensors")
+
+
 def test_a_pickle_is_refused_as_one(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "model.pt")
     with pytest.raises(ConfigError, match="pickle"):
