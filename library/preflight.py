@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library import provenance, state, trackers
+from library import comfy_names, provenance, state, trackers
 from library.checkpoints import check_part, check_writable, configuration_of, path_of
 from library.components.sizes import width_of
 from library.components.tokenizers import check_tokenizers
@@ -84,7 +84,11 @@ def check(options: Options, say: Callable[[str], None] = print) -> Plan:
     total = options.max_train_epochs * steps_per_epoch if options.max_train_epochs else options.max_train_steps
     plan = Plan(family, dataset, output_dir, steps_per_epoch, total, state.Position(), parts=parts)
     plan.base_weights, plan.trained = _base_weights(options), trained
-    plan.warnings += (*family.advice(options), *precision_advice(family, options.mixed_precision))
+    plan.warnings += (
+        *family.advice(options),
+        *precision_advice(family, options.mixed_precision),
+        *comfy_names.advice(family, options),
+    )
     plan.findings = summary(examined.findings)
     plan.origin = origin(options, family, dataset)
     if options.resume:

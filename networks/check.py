@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.checkpoints import Checkpoint, find_part, layout_of, rows_of
+from library.comfy_names import TAKEN
 from library.errors import ConfigError
 from library.families import FAMILIES, get_family
 from library.fingerprints import identify
@@ -28,29 +29,6 @@ if TYPE_CHECKING:
 
 Weights = dict[str, tuple[Shape, "Shape | None"]]  # name in an adapter's file, prefix included -> weight and bias
 
-# Family -> (prefix, whose names): what ComfyUI takes besides `diffusion_model.` and `lora_unet_` before its own names.
-# "ours" are diffusers' names; "processor" those that diffusers' attention had before 0.20; "tencent" the release's.
-# "qkv" is the part of Flux's linear1 that is not the MLP. Where it takes a part of the modules only, nothing stands
-# here: such a file is not in that model's format.
-FLUX = tuple((prefix, "ours") for prefix in ("transformer.", "lycoris_", "lora_transformer_", ""))
-FLUX_QKV = ("diffusion_model.", "qkv")
-TENCENT = (("transformer.", "tencent"), ("diffusion_model.", "tencent"))
-UNET = (("lora_unet_", "ours"), ("lycoris_", "ours"), ("unet.", "processor"), ("", "processor"))
-TAKEN: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "auraflow": (("transformer.", "ours"),),
-    "chroma": (*FLUX, FLUX_QKV),
-    "flux": (*FLUX, FLUX_QKV),
-    "flux2": (*FLUX, FLUX_QKV),
-    "hidream": (("transformer.", "comfy"), ("lycoris_", "comfy")),
-    "hunyuan_video": TENCENT,
-    "hunyuan_video_15": TENCENT,
-    "omnigen2": (("", "comfy"),),
-    "qwen_image": (("transformer.", "comfy"), ("lycoris_", "comfy"), ("", "comfy")),
-    "sd": UNET,
-    "sd3": (*FLUX[:3], ("base_model.model.", "ours")),
-    "sdxl": UNET,
-    "z_image": (("transformer.", "ours"), ("diffusion_model.", "ours"), ("lycoris_", "ours"), ("", "ours")),
-}
 MISSED = {  # modules of ours, by the beginning of their names, that ComfyUI has no diffusers name for
     "chroma": ("distilled_guidance_layer.",),
     "flux2": ("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
@@ -218,6 +196,10 @@ def compare(shapes: Mapping[str, Shape], weights: Weights) -> dict[str, str]:
         stem, role = kinds.split(key)
         if not stem:
             wrong[key] = "it is no key of an adapter"
+        elif stem not in weights and is_text(key) and not any(map(is_text, weights)):
+            wrong[key] = (
+                "it is a text encoder's, and which of these names ComfyUI takes for this model is not known here"
+            )
         elif stem not in weights:
             wrong[key] = "the model has no such module under a name that ComfyUI takes"
         else:

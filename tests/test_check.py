@@ -12,13 +12,16 @@ import pytest
 from oracles import read_json
 from test_inspect import DENOISERS, FAMILY_OF
 
+from library import comfy_names, options
 from library.checkpoints import Checkpoint, layout_of, rows_of
 from library.errors import ConfigError
 from library.families import get_family
 from library.headers import Header, TensorInfo
 from library.layout import our_shapes
 from library.memory import released
-from networks import check, kinds, sizes
+from networks import check, formats, kinds, sizes
+from networks.lora import is_adapted
+from networks.names import denoiser_space
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +83,31 @@ def test_the_names_are_those_that_comfyui_takes(name):
     works = taken.keys() - oracle["names_in_the_map_that_cannot_work"].keys()
     lacking = [stem for stem in works - found.keys() if not other.search(stem.replace("_", "."))]
     assert not lacking, lacking[:5]
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_format_is_taken_if_every_adapter_of_the_blocks_is(name):
+    family, shapes = get_family(FAMILY_OF.get(name, name)), keys_of(name)
+    part = family.denoiser
+    ours = check.shapes_of_header(part, checkpoint(shapes), part.layout_in(shapes))
+    found, layout = check.weights_of(family, ours), layout_of(part, next(iter(part.layouts)), ours)
+    space = denoiser_space(layout, part.diffusers_folder, part.apart)
+    assert comfy_names.is_taken(family, family.save_formats[0]), "what is saved if nothing is said"
+    for form in family.save_formats:
+        places = formats._format_places(form, (space,))
+        adapted = [stem for stem, place in places.items() if is_adapted(place.name, family.adapted)]
+        missing = [stem for stem in adapted if stem not in found]
+        assert len(adapted) >= 80 and comfy_names.is_taken(family, form) == (not missing), (form, missing[:3])
+
+
+def test_a_run_that_saves_for_other_programs_says_so():
+    def said(name, *words):
+        given = options.parse(name, ["--output_dir", "x", "--network_module", "networks.lora", *words], "test")
+        return comfy_names.advice(get_family(name), given)
+
+    assert said("wan") == said("wan", "--save_format", "kohya") == said("flux", "--save_format", "diffusers") == ()
+    (note,) = said("wan", "--save_format", "diffusers")
+    assert "--save_format diffusers: ComfyUI does not know these names" in note
 
 
 @pytest.mark.parametrize("name", ["flux", "sdxl", "sd3"])
