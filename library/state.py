@@ -230,11 +230,14 @@ def recover(folder: Path, name: str) -> None:
     for _, path in _states(folder, name) if folder.is_dir() else ():
         if path.name.endswith(".old"):
             os.replace(path, path.with_name(path.name.removeprefix(".").removesuffix(".old")))
-    what = r"(-step\d{8}(-state)?|-\d{6})?(-ema)?(\.safetensors)?"
+    what = r"(-step\d{8}(-state)?|-\d{6}|-best)?(-ema)?(\.safetensors)?"
     mine = re.compile(rf"\.{re.escape(name)}{what}\.([0-9a-f]{{8}}\.partial|old)")
     for path in folder.iterdir() if folder.is_dir() else ():
         if mine.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- reading

@@ -9,8 +9,8 @@ from memory_support import deep_weights, toy_file
 from safetensors.torch import load_file
 from training_support import arguments, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
-from library import health, options, preflight, updates
-from library.errors import NonFiniteError
+from library import health, options, preflight, runtime, updates
+from library.errors import ConfigError, NonFiniteError
 from library.families import FAMILIES, get_family
 
 STEPS = ("--max_train_steps", "7", "--learning_rate", "1e-2")
@@ -57,6 +57,19 @@ def test_the_plan_warns_of_fp16_for_models_that_are_known_to_overflow(toy, pictu
             "--mixed_precision fp16: Z-Image is known to have activations that are too large for it; take bf16, or no"
         )
         assert (f"note: {text}" in plan.text) is warned
+
+
+def test_half_precision_that_a_device_does_not_have_is_refused(toy, pictures, tmp_path, monkeypatch):  # noqa: F811
+    """On made-up devices, of which only the kind is looked at before."""
+    monkeypatch.setattr(runtime, "has_bf16", lambda: False)
+    for kind, precision, said in (("cuda", "bf16", "no bf16 arithmetic; use fp16"), ("mps", "fp16", "not reliable")):
+        made = SimpleNamespace(device=SimpleNamespace(type=kind), process_index=0, num_processes=1)
+        monkeypatch.setattr("accelerate.Accelerator", lambda made=made, **more: made)
+        words = arguments(toy, pictures, tmp_path, "--mixed_precision", precision, "--max_train_steps", "1")
+        given = options.parse("z_image", words, "test")
+        plan = preflight.check(given, say=lambda text: None)
+        with pytest.raises(ConfigError, match=f"--mixed_precision {precision}.*{said}"):
+            runtime.Runtime(given, plan)
 
 
 OPTIMIZERS = {

@@ -130,10 +130,11 @@ def test_only_what_this_name_left_behind_is_cleared(tmp_path):
         ".run.safetensors.01234567.partial",
         ".run-step00000003-state.89abcdef.partial",
         ".run-000001.safetensors.aaaaaaaa.partial",
+        ".run-best-ema.safetensors.aaaaaaaa.partial",
     ]
     others = [".run2.safetensors.01234567.partial", ".run-b-step00000003-state.01234567.partial", "run.partial"]
-    for name in mine + others:
-        (tmp_path / name).mkdir()
+    for name in mine + others:  # a link to the best weights is a file
+        (tmp_path / name).write_bytes(b"half") if "best" in name else (tmp_path / name).mkdir()
     state.recover(tmp_path, "run")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
 
