@@ -1,12 +1,16 @@
 """The loop: what it leaves behind, that it learns, that a resumed run is the run that never stopped."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_support import ROOT, called, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
+from test_processes import run_all
+from training_support import ROOT, arguments, called, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 
 def full(toy):  # noqa: F811
@@ -116,34 +120,34 @@ def test_resume_refuses_changed_options_by_name(toy, pictures, tmp_path):  # noq
         train(toy, pictures, tmp_path, "--max_train_steps", "3", "--resume", state, "--learning_rate", "0.5")
 
 
+BOTH = ("--max_train_steps", "4", "--learning_rate", "1e-2")
+
+
 def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(toy, pictures, tmp_path):  # noqa: F811
-    import os
-    import subprocess
-    import sys
+    train(toy, pictures, tmp_path / "one", *BOTH, "--gradient_accumulation_steps", "2")
+    run_all(tmp_path / "log", 2, lambda rank: train(toy, pictures, tmp_path / "two", *BOTH))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
-    from training_support import ROOT, arguments
 
-    one = tmp_path / "one"
-    train(toy, pictures, one, "--max_train_steps", "4", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-2")
+@pytest.mark.slow
+def test_torchs_launcher_starts_them(toy, pictures, tmp_path):  # noqa: F811
+    """Two processes that import everything anew, for what the test above sets as the launcher does."""
+    train(toy, pictures, tmp_path / "one", *BOTH, "--gradient_accumulation_steps", "2")
+    words = ["--standalone", "--nproc_per_node", "2", "z_image_train_network.py"]
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "z_image_train_network.py",
-        *arguments(toy, pictures, tmp_path / "two", "--max_train_steps", "4", "--learning_rate", "1e-2"),
+        *words,
+        *arguments(toy, pictures, tmp_path / "two", *BOTH),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(one) == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
 
 def test_the_launch_line_works_and_a_mistake_is_one_sentence_with_its_code(toy, pictures, tmp_path):  # noqa: F811
-    from training_support import arguments
-
     wrong = launch(*arguments(toy, pictures, tmp_path, "--learning_rat", "1"))
     assert wrong.returncode == 2 and "did you mean 'learning_rate'" in wrong.stderr and "Traceback" not in wrong.stderr
     missing = launch(*arguments(toy, pictures, tmp_path, "--vae", "nowhere.safetensors"))
@@ -171,8 +175,6 @@ def test_captions_that_are_cut_are_named_with_what_is_lost(toy, pictures, tmp_pa
 
 
 def test_an_output_folder_that_cannot_be_written_is_exit_code_6(toy, pictures, tmp_path):  # noqa: F811
-    from training_support import arguments
-
     (tmp_path / "file").write_text("x")
     done = launch(*arguments(toy, pictures, tmp_path / "file" / "out"))
     assert done.returncode == 6 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -193,8 +195,6 @@ def test_the_losses_of_five_seeded_steps_are_the_recorded_ones(toy, pictures, tm
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(toy, pictures, tmp_path):  # noqa: F811
-    from training_support import arguments
-
     extra = ("--max_train_steps", "20", "--learning_rate", "1e30", "--max_grad_norm", "0", "--optimizer_type", "SGD")
     done = called("z_image_train_network.py", *arguments(toy, pictures, tmp_path, *extra))
     assert done.returncode == 5 and "the loss of 3 steps in a row" in done.stderr and "Traceback" not in done.stderr
