@@ -38,8 +38,14 @@ class Store:
             ) from None
 
     def path(self, identity: str) -> Path:
-        name = hashlib.sha256(identity.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
+        name = file_name(identity)
+        return self.folder / name[:2] / name
+
+    def listed(self) -> dict[str, str]:
+        """Names of all finished entries -> their paths, of whatever run."""
+        folders = [entry.path for entry in os.scandir(self.folder) if len(entry.name) == 2 and entry.is_dir()]
+        files = (entry for folder in folders for entry in os.scandir(folder))
+        return {e.name: e.path for e in files if e.name.endswith(".safetensors") and not e.name.startswith(".")}
 
     def get(self, identity: str) -> dict[str, Tensor] | None:
         """The tensors of an entry if they are there, whole, and of this identity."""
@@ -75,6 +81,10 @@ class Store:
             raise DiskError(
                 f"cache {path.parent} cannot be written ({error.strerror or error}); make room or give --cache_dir"
             ) from None
+
+
+def file_name(identity: str) -> str:
+    return f"{hashlib.sha256(identity.encode()).hexdigest()}.safetensors"
 
 
 def sealed(data: bytes) -> dict[str, str] | None:

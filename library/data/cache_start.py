@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.data import cache_report as report
+from library.data.cache import file_name
 
 if TYPE_CHECKING:
     from library.data.cache import Store
@@ -24,11 +25,11 @@ def told(kind: str, store: Store, wanted: Mapping[str, str], lacking: Collection
 
     `wanted`: identity of every entry of the run -> its file, "" for a prompt; `lacking`: those that were not found.
     """
-    there = [path for path, its in report.files_of(store.folder.parent) if its == kind]
-    others = len({path.name for path in there} - {store.path(identity).name for identity in wanted})
+    there = store.listed()
+    others = len(there.keys() - {file_name(identity) for identity in wanted})
     by_reason: dict[str, list[str]] = defaultdict(list)
     if there and len(there) <= MOST:
-        explain = _reasons(kind, store, there) if lacking else None
+        explain = _reasons(kind, store, there.values()) if lacking else None
         for identity in lacking:
             reason = "damaged" if identity in store.damaged else explain(report.Need(kind, identity, wanted[identity]))
             by_reason[reason].append(wanted[identity])
@@ -36,9 +37,9 @@ def told(kind: str, store: Store, wanted: Mapping[str, str], lacking: Collection
     return "; ".join(["", *parts, *([f"{others} that this run does not read"] if others else [])])
 
 
-def _reasons(kind: str, store: Store, there: list[Path]) -> Callable[[report.Need], str]:
+def _reasons(kind: str, store: Store, there: Iterable[str]) -> Callable[[report.Need], str]:
     with ThreadPoolExecutor() as pool:
-        entries = pool.map(lambda path: report.look(path, kind), there)
+        entries = pool.map(lambda path: report.look(Path(path), kind), there)
     return report.reasons(kind, [one for one in entries if not one.problem], report.Files(store.folder.parent))
 
 
