@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,12 +189,12 @@ def main(family_name: str, argv: list[str] | None = None) -> None:
     studio.drop_encoders()  # never resident together with the denoiser
     if arguments.highvram:
         for path, prompt, pair, seed in zip(paths, prompts, conds, seeds, strict=True):
-            studio.save(studio.latents(prompt, pair, seed), path, prompt)
+            studio.save(studio.latents(prompt, pair, seed), path, prompt, seed)
         return
     drawn = [studio.latents(prompt, pair, seed) for prompt, pair, seed in zip(prompts, conds, seeds, strict=True)]
     studio.drop_denoiser()
-    for path, prompt, latents in zip(paths, prompts, drawn, strict=True):
-        studio.save(latents, path, prompt)
+    for path, prompt, latents, seed in zip(paths, prompts, drawn, seeds, strict=True):
+        studio.save(latents, path, prompt, seed)
 
 
 def interact(studio: Studio, first: int) -> None:
@@ -212,7 +213,7 @@ def interact(studio: Studio, first: int) -> None:
             continue
         seed = seed_of(prompt, number, first)
         path = Path(arguments.save_path) / f"{number:03d}_{seed}.png"
-        studio.save(studio.latents(prompt, studio.conditions(prompt), seed), path, prompt)
+        studio.save(studio.latents(prompt, studio.conditions(prompt), seed), path, prompt, seed)
         number += 1
 
 
@@ -339,11 +340,16 @@ class Studio:
 
         return sample.decode(self.family, self.vae, latents)
 
-    def save(self, latents: Tensor, path: Path, prompt: Prompt) -> None:
-        from library import videos
+    def save(self, latents: Tensor, path: Path, prompt: Prompt, seed: int) -> None:
+        """The picture or video, and the ComfyUI workflow that makes it again."""
+        from library import sample, videos, workflows
 
-        fps = self.family.frames and (self.arguments.fps or self.family.frames.fps)
+        family, sampler = self.family, prompt.sample_sampler or self.settings.get("sample_sampler")
+        fps = family.frames and (self.arguments.fps or family.frames.fps)
         print(f"saved {videos.save(self.decode(latents), path, {'prompt': prompt.prompt}, fps)[0]}", flush=True)
+        made = sample.made_of(family, prompt, latents.shape[1], family.resolution, seed, 1.0, sampler)
+        loras = [workflows.Lora(file, by, bool(family.text_prefixes)) for file, by in _strengths(self.arguments)]
+        workflows.write(path, family, self.arguments, replace(made, loras=loras))
 
 
 def _strengths(arguments: argparse.Namespace) -> list[tuple[str, float]]:

@@ -25,6 +25,7 @@ from library.saving import Saves, Schedule, file_name
 from library.updates import Updates
 from library.validation import Best, Validation
 from library.watch import Watch
+from library.workflows import Lora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -271,10 +272,18 @@ class Outputs:
             max(first),
         )
 
+    def _name_weights(self, file: str) -> None:
+        """What the samples' workflows name: the file that holds, or would hold, this step's weights."""
+        plan, samples = self.trainer.plan, self.samples
+        if self.trainer.network is None:
+            samples.model = file
+            return
+        merged = [Lora(path, multiplier) for path, multiplier in plan.base_weights]
+        samples.loras = (*merged, Lora(file, with_text=plan.trained.any_text))
+
     def _sample(self, step: int) -> None:
         trainer, per_epoch = self.trainer, self.trainer.plan.steps_per_epoch
-        named, self.samples.with_text = self.saved.get(step), trainer.plan.trained.any_text
-        self.samples.weights = named or file_name(self.name, step=step)
+        self._name_weights(self.saved.get(step) or file_name(self.name, step=step))
         epoch = step // per_epoch if self.options.sample_every_n_epochs and step and step % per_epoch == 0 else None
         self._guarded(
             lambda: self.samples.render(trainer.denoiser, trainer.network, step=step, epoch=epoch), "sampling"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,17 @@ def shift_of(prompt: Prompt, family: Family, shape: tuple[int, ...], run_shift: 
     return run_shift
 
 
+def made_of(
+    family: Family, prompt: Prompt, channels: int, resolution: int, seed: int, run_shift: float, sampler: str | None
+) -> workflows.Sampled:
+    """How the picture of a prompt is made, for who makes it again."""
+    shape = latent_shape(family, prompt, channels, resolution)
+    shift = shift_of(prompt, family, shape, run_shift)
+    sigmas = family.objective.sampler(sampler).times(prompt.sample_steps, shift, image_tokens(family, shape))
+    size = size_of(prompt, family, resolution)
+    return workflows.Sampled(prompt, size, channels, seed, shift, sampler or "euler", sigmas)
+
+
 @torch.no_grad()
 def conditions_of(
     prompt: Prompt, family: Family, encode: Callable[[Request], Cond], encoders: Encoders, resolution: int, device: Any
@@ -182,8 +194,9 @@ class Samples:
         self.latents: dict[str, list[Tensor]] = {}  # of the first and of the latest column
         self.seeds = [seed_of(prompt, number, options.seed) for number, prompt in enumerate(prompts)]
         self.grid_path = folder / f"{name}-grid.png"
-        self.weights = f"{name}.safetensors"  # the file that holds, or would hold, what the samples are made with
-        self.is_network, self.with_text = bool(options.network_module), False
+        # What a workflow names: LoRAs, or the file of a model that is trained whole
+        self.loras: tuple[workflows.Lora, ...] = ()
+        self.model = ""
 
     def base(self, denoiser: torch.nn.Module, network: torch.nn.Module | None) -> None:
         """The base model's column: the network switched off, or the model before its first step."""
@@ -232,27 +245,10 @@ class Samples:
             return strip(made) if made.ndim == 4 else made
         path = self.folder / f"{self.name}_{tag}_{number:02d}_{self.seeds[number]}.png"
         shown = videos.save(made, path, {"prompt": prompt.prompt}, self.family.frames and self.family.frames.fps)[1]
-        if nodes := workflows.workflow(self.family, self.options, self._made(prompt, number)):
-            workflows.write(path.with_suffix(".workflow.json"), nodes)
+        way = (self.channels, self.resolution, self.seeds[number], self.options.discrete_flow_shift)
+        made = made_of(self.family, prompt, *way, self._way(prompt)[1])
+        workflows.write(path, self.family, self.options, replace(made, loras=self.loras, model=self.model))
         return shown
-
-    def _made(self, prompt: Prompt, number: int) -> workflows.Sampled:
-        """How one sample is made, for who makes it again."""
-        shape, sampler = self._way(prompt)
-        shift = shift_of(prompt, self.family, shape, self.options.discrete_flow_shift)
-        times = self.family.objective.sampler(sampler).times
-        return workflows.Sampled(
-            prompt,
-            size_of(prompt, self.family, self.resolution),
-            self.channels,
-            self.seeds[number],
-            shift,
-            sampler or "euler",
-            times(prompt.sample_steps, shift, image_tokens(self.family, shape)),
-            self.weights,
-            self.is_network,
-            self.with_text,
-        )
 
     def _keep(self, label: str, pictures: list[np.ndarray], latents: list[Tensor]) -> None:
         """Add a column; of too many, every second one between the first and the latest goes."""

@@ -60,6 +60,13 @@ STOCK: Mapping[str, Stock] = {
 
 
 @dataclass(frozen=True)
+class Lora:
+    file: str
+    strength: float = 1.0
+    with_text: bool = False  # it may have text encoders, too
+
+
+@dataclass(frozen=True)
 class Sampled:
     """One sample as it was made."""
 
@@ -70,9 +77,8 @@ class Sampled:
     shift: float
     sampler: str  # of ours
     sigmas: Tensor  # [steps + 1]
-    weights: str  # name of the file that holds what was trained
-    is_network: bool  # an adapter, not the model itself
-    with_text: bool = False  # it has text encoders, too
+    loras: Sequence[Lora] = ()
+    model: str = ""  # name of the file that stands for the model's own, after a full fine-tune
 
 
 @dataclass
@@ -98,7 +104,8 @@ def workflow(family: Family, options: Any, made: Sampled) -> dict[str, Any] | No
         return None
     graph = Graph()
     model, clip, vae = _loaded(graph, stock, family, options, made)
-    model, clip = _adapted(graph, model, clip, options, made)
+    for lora in made.loras:
+        model, clip = _adapted(graph, model, clip, lora)
     positive = graph.one("CLIPTextEncode", "prompt", text=family.caption_text(prompt.prompt), clip=clip)
     negative = graph.one("CLIPTextEncode", "negative prompt", text=prompt.negative_prompt, clip=clip)
     if "guidance_scale" in family.sampling and prompt.guidance_scale is not None:
@@ -122,7 +129,7 @@ def _loaded(graph: Graph, stock: Stock, family: Family, options: Any, made: Samp
 
     base, vae = (path_of(part, options) for part in (family.denoiser, family.vae))
     texts = [path for path in (path_of(part, options) for part in family.text_encoders) if path]
-    file = _name(base) if made.is_network else made.weights
+    file = made.model or _name(base)
     if family.container and all(path == base for path in texts):
         whole = graph.add("CheckpointLoaderSimple", ckpt_name=file)
         model, clip = [whole, 0], [whole, 1]
@@ -146,26 +153,12 @@ def _name(path: Any) -> str:
     return path.name if path.suffix else f"{path.name}.safetensors"
 
 
-def _adapted(graph: Graph, model: Link, clip: Link, options: Any, made: Sampled) -> tuple[Link, Link]:
-    multipliers = [*(getattr(options, "base_weights_multiplier", None) or [])]
-    files = [_name(path) for path in getattr(options, "base_weights", None) or []]
-    for k, file in enumerate(files):
-        strength = float(multipliers[k]) if k < len(multipliers) else 1.0
-        model = graph.one("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=strength)
-    if made.is_network and made.with_text:
-        both = graph.add(
-            "LoraLoader",
-            "trained",
-            model=model,
-            clip=clip,
-            lora_name=made.weights,
-            strength_model=1.0,
-            strength_clip=1.0,
-        )
-        return [both, 0], [both, 1]
-    if made.is_network:
-        model = graph.one("LoraLoaderModelOnly", "trained", model=model, lora_name=made.weights, strength_model=1.0)
-    return model, clip
+def _adapted(graph: Graph, model: Link, clip: Link, lora: Lora) -> tuple[Link, Link]:
+    file = {"lora_name": _name(lora.file), "strength_model": lora.strength}
+    if not lora.with_text:
+        return graph.one("LoraLoaderModelOnly", model=model, **file), clip
+    both = graph.add("LoraLoader", model=model, clip=clip, **file, strength_clip=lora.strength)
+    return [both, 0], [both, 1]
 
 
 def _sampled(
@@ -245,8 +238,11 @@ def _saved(graph: Graph, images: Link, family: Family, frames: int) -> None:
     graph.add("SaveVideo", video=video, filename_prefix="video/lorasmith", format="auto", codec="auto")
 
 
-def write(path: Path, nodes: Mapping[str, Any]) -> None:
-    """The final name appears with the whole file."""
+def write(picture: Path, family: Family, options: Any, made: Sampled) -> None:
+    """Beside a picture, if there is a workflow for it; the final name appears with the whole file."""
+    nodes, path = workflow(family, options, made), picture.with_suffix(".workflow.json")
+    if nodes is None:
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(json.dumps(nodes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -83,7 +83,8 @@ def test_a_prompt_file_fills_a_folder_with_the_options_for_what_it_does_not_say(
     assert [(k["steps"], k["scale"], k["shape"]) for k in seen] == [
         (2, 2.0, (16, 8, 12)), (3, 1.0, (16, 8, 8)), (2, 2.0, (16, 8, 12))
     ]  # fmt: skip
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.png"))
+    assert len(list((tmp_path / "out").glob("*.workflow.json"))) == len(files)
     assert [p.name for p in files] == [f"{n:03d}_{k['seed']}.png" for n, k in enumerate(seen)]
     assert seen[0]["seed"] == 9 and seen[1]["seed"] >= 0
     first, _, last = (np.asarray(Image.open(path)) for path in files)

@@ -145,7 +145,7 @@ def test_clips_train_a_lora_that_comfyui_takes_and_draw_samples(toy, clips, phot
     known = accepted_stems(FILES[model][0])
     written = checkpoints.Checkpoint.open(tmp_path / "run.safetensors").shapes
     assert {key.rsplit(".lora_", 1)[0].removesuffix(".alpha") for key in written} <= known
-    assert sorted(p.suffix for p in (tmp_path / "sample").iterdir()) == [".mp4", ".png"]
+    assert {p.suffix for p in (tmp_path / "sample").iterdir()} == {".mp4", ".png"}
     if model == "2.1 i2v":
         assert any("k_img" in key for key in written)
 

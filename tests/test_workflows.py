@@ -35,8 +35,8 @@ def made(family, prompt=None, size=(1024, 768), **changes):
     shift = sample.shift_of(prompt, family, shape, 3.0)
     sampler = prompt.sample_sampler or "euler"
     sigmas = family.objective.sampler(sampler).times(prompt.sample_steps, shift, image_tokens(family, shape))
-    found = workflows.Sampled(prompt, size, channels, 7, shift, sampler, sigmas, "run-step00000010.safetensors", True)
-    return replace(found, **changes)
+    loras = (workflows.Lora("out/run-step00000010.safetensors"),)
+    return replace(workflows.Sampled(prompt, size, channels, 7, shift, sampler, sigmas, loras), **changes)
 
 
 def checked(nodes):
@@ -155,20 +155,20 @@ def test_a_checkpoint_that_holds_all_parts_is_loaded_once():
     kinds = checked(workflows.workflow(family, options, made(family)))
     assert kinds["CheckpointLoaderSimple"] == [{"ckpt_name": "sd_xl_base.safetensors"}]
     assert not kinds.keys() & {"UNETLoader", "DualCLIPLoader", "VAELoader"}
-    kinds = checked(workflows.workflow(family, options, made(family, is_network=False)))
+    kinds = checked(workflows.workflow(family, options, made(family, loras=(), model="run-step00000010.safetensors")))
     assert kinds["CheckpointLoaderSimple"] == [{"ckpt_name": "run-step00000010.safetensors"}], "a full fine-tune"
     assert "LoraLoaderModelOnly" not in kinds
-    kinds = checked(workflows.workflow(family, options, made(family, with_text=True)))
+    with_text = made(family, loras=[workflows.Lora("a.safetensors", 0.5), workflows.Lora("b.safetensors", 1.0, True)])
+    kinds = checked(workflows.workflow(family, options, with_text))
     assert kinds["LoraLoader"][0]["strength_clip"] == 1.0
+    assert [(i["lora_name"], i["strength_model"]) for i in kinds["LoraLoaderModelOnly"]] == [("a.safetensors", 0.5)]
 
 
 def test_other_sets_of_files():
     sd3 = get_family("sd3")
-    options = options_of(sd3, **{sd3.text_encoders[2].option: None}, base_weights=["a/b.safetensors"])
-    options.base_weights_multiplier = [0.5]
+    options = options_of(sd3, **{sd3.text_encoders[2].option: None})
     kinds = checked(workflows.workflow(sd3, options, made(sd3)))
     assert kinds["DualCLIPLoader"][0]["type"] == "sd3", "without T5"
-    assert [(i["lora_name"], i["strength_model"]) for i in kinds["LoraLoaderModelOnly"]][0] == ("b.safetensors", 0.5)
     wan = get_family("wan")
     small = replace(made(wan), channels=48)
     assert "Wan22ImageToVideoLatent" in checked(workflows.workflow(wan, options_of(wan), small))
@@ -201,3 +201,18 @@ def test_a_run_writes_one_beside_each_sample_with_the_name_of_the_save(toy, pict
         assert kinds["KSampler"][0]["seed"] == 5 and kinds["UNETLoader"][0]["unet_name"] == "denoiser.safetensors"
         assert kinds["ModelSamplingAuraFlow"][0]["shift"] == 2.0
     assert kinds["LoraLoaderModelOnly"][0]["lora_name"] == "run.safetensors"
+
+
+def test_the_inference_script_writes_one_beside_its_picture(toy, tmp_path):  # noqa: F811
+    from library.inference import main
+
+    main("z_image", [
+        "--dit", str(toy.parent / "denoiser.safetensors"), "--vae", str(toy.parent / "vae.safetensors"),
+        "--text_encoder", str(toy.parent / "text_encoder.safetensors"), "--prompt", "a red cat", "--image_size", "64", "96",
+        "--infer_steps", "2", "--seed", "4", "--flow_shift", "2.5", "--save_path", str(tmp_path / "x.png"),
+    ])  # fmt: skip
+    kinds = checked(json.loads((tmp_path / "x.workflow.json").read_text(encoding="utf-8")))
+    assert (kinds["KSampler"][0]["seed"], kinds["KSampler"][0]["steps"]) == (4, 2)
+    assert kinds["ModelSamplingAuraFlow"][0]["shift"] == 2.5 and "LoraLoaderModelOnly" not in kinds
+    latent = kinds["EmptySD3LatentImage"][0]
+    assert (latent["height"], latent["width"]) == (64, 96)
