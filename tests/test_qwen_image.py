@@ -382,7 +382,7 @@ def edits(tmp_path):
 
 def dataset(folder, keys="control_resolution = 64\n", control="control_directory = 'before'\n"):
     (folder / "data.toml").write_text(
-        f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{keys}[[datasets.subsets]]\nimage_dir = 'after'\n"
+        f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{keys if control else ''}[[datasets.subsets]]\nimage_dir = 'after'\n"
         f"{control}caption_extension = '.txt'\n", encoding="utf-8",
     )  # fmt: skip
     return folder / "data.toml"
