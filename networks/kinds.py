@@ -55,6 +55,8 @@ def fault(parts: Mapping[str, Shape], weight: Shape, bias: Shape | None = None) 
     `bias` None: the module has none. What GLoRA's matrices and a padded weight come to is not worked out.
     """
     parts = {role: tuple(shape) for role, shape in parts.items()}
+    if not weight:
+        return "the model's weight is a single number"
     if math.prod(parts.get("alpha", ())) != 1:
         return f"alpha has the shape {list(parts['alpha'])} and is to be one number"
     if "dora_scale" in parts and math.prod(parts["dora_scale"]) not in (weight[0], *weight[1:2]):

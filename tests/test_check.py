@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import struct
 import subprocess
@@ -182,6 +183,17 @@ def test_faults_say_what_is_wrong():
     assert "diff_b [40] is for a bias" in kinds.fault({"diff_b": (40,)}, LINEAR)
     assert "own matrix" in kinds.fault({"alpha": ()}, LINEAR)
     assert "one number" in kinds.fault(pair | {"alpha": (4,)}, LINEAR)
+
+
+def test_no_shapes_are_odd_enough_for_an_exception():
+    draw = random.Random(0)
+    roles, sizes = sorted({*kinds.ROLES.values(), *kinds.OTHER_ROLES.values()}), (0, 1, 2, 24, 40)
+    found = set()
+    for _ in range(3000):
+        shapes = [tuple(draw.choices(sizes, k=draw.randrange(5))) for _ in range(8)]
+        parts = dict(zip(draw.sample(roles, draw.randrange(1, 6)), shapes, strict=False))
+        found.add(kinds.fault(parts, shapes[6], draw.choice([None, shapes[7]])))
+    assert all(isinstance(one, str) for one in found) and len(found) > 100 and "" in found
 
 
 # ---- files
