@@ -2,8 +2,8 @@
 
 Every phase (text, latents, training, sampling) is run inside of `FakeTensorMode`: the models are loaded from headers or
 from lists of released models, quantised, adapted, called and differentiated by the code that trains, and every tensor
-storage is counted. What is computed instead of run: optimizer states (from one small real step) and block
-swap (moved from the device's account to the host's).
+storage is counted. What is computed instead of run: optimizer states (from one small real step), block swap (moved
+from the device's account to the host's), and blocks that do the same as others (`library.memory.extension`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from library.checkpointing import checkpoint_blocks
 from library.components.tokenizers import load_tokenizers, tokenizer_paths
 from library.diffusion import alpha_bar
 from library.families.family import ItemInput, Text
-from library.memory import sketch, swap_plan
+from library.memory import extension, sketch, swap_plan
 from library.memory.loading import Loading
 from library.memory.precision import denoiser_recipe, text_recipe
 from library.memory.quantised_linear import make_nf4_tables
@@ -187,6 +187,14 @@ class Planner:
 
     def training(self, shape: tuple[int, ...], cond: Cond) -> tuple[Account, Account, dict[str, Any]]:
         """(device, host, facts about the trained model) of one optimizer step on the largest batch."""
+        with contextlib.suppress(extension.Unequal):
+            return self.training_by(extension.extended, shape, cond)
+        return self.training_by(extension.whole, shape, cond)
+
+    def training_by(
+        self, measure: Callable[..., tuple[int, int]], shape: tuple[int, ...], cond: Cond
+    ) -> tuple[Account, Account, dict[str, Any]]:
+        """The same, its step measured by one of the two functions of `library.memory.extension`."""
         options, family = self.options, self.family
         is_network = bool(options.network_module)
         is_half = options.full_bf16 or options.full_fp16
@@ -204,8 +212,9 @@ class Planner:
             sampled = tracker.live - before
             if options.gradient_checkpointing:
                 checkpoint_blocks(model, family.blocks, **({"around": offloaded.around} if offloaded else {}))
-            tracker.restart()
-            self._step(model, shape, cond)
+            step = functools.partial(self._step, model, shape, cond)
+            recorder = functools.partial(sketch.Recorder, tracker, offloaded)
+            highest, moved = measure(recorder, step, model, family.blocks, parameters)
             del samples
             count = sum(p.numel() for p in parameters)
             gradients = sum(p.numel() * p.element_size() for p in parameters)
@@ -216,10 +225,10 @@ class Planner:
             }  # bytes of every block
         states = self._states(sizes, number_format)
         fused = getattr(options, "fused_backward_pass", False)
-        peak = tracker.peak + states - (gradients if fused else 0)
+        peak = highest + states - (gradients if fused else 0)
         device = Account(peak, {
             "weights": weights, "adapter": adapter, "gradients": 0 if fused else gradients, "optimizer": states,
-            "activations": tracker.peak - weights - adapter - gradients,
+            "activations": highest - weights - adapter - gradients,
         })  # fmt: skip
         host = Account()
         if self.encoder_bytes:
@@ -231,7 +240,7 @@ class Planner:
             device.parts["activations"] -= sampled
             if self.accelerator:
                 _move("samples", sampled, device, host)
-        facts = {"trained_parameters": count, "offloaded_bytes": offloaded.moved_bytes if offloaded else 0,
+        facts = {"trained_parameters": count, "offloaded_bytes": moved,
                  "blocks": {name: (sizes, units[name]) for name, sizes in blocks.items()},
                  "most_blocks_to_swap": swap_plan.largest(counts, units)}  # fmt: skip
         self.swap(device, host, facts["blocks"], options.blocks_to_swap or 0)
@@ -239,7 +248,7 @@ class Planner:
             more = 2 * weights - host.parts.get("weights", 0)
             host.parts["experts"], host.peak = more, host.peak + more
         if offloaded:
-            host.parts["block_inputs"], host.peak = offloaded.moved_bytes, host.peak + offloaded.moved_bytes
+            host.parts["block_inputs"], host.peak = moved, host.peak + moved
         return device, host, facts
 
     def _network(self, model: torch.nn.Module) -> torch.nn.Module:
