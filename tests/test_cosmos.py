@@ -155,7 +155,9 @@ def dataset_of(tmp_path, toy, *words, lines="resolution = [1280, 704]", subset="
     for k, size in enumerate(((1000, 1000), (1600, 900), (600, 1000), (900, 700), (80, 100))):
         Image.new("RGB", size, (k * 40, 0, 0)).save(folder / f"{k}.png")
         (folder / f"{k}.txt").write_text("a cat")
-    data = tmp_path / "data.toml"
+    data, names = tmp_path / "data.toml", sorted(path.name for path in folder.glob("*.png"))
+    listed = "\n".join(f'{{"image_path": "{name}", "caption": "x"}}' for name in names)
+    (tmp_path / "list.jsonl").write_text(listed)
     data.write_text(
         f"[[datasets]]\n{lines}\n[[datasets.subsets]]\nimage_dir = {str(folder)!r}\ncaption_extension = '.txt'\n{subset}\n"
     )
@@ -180,7 +182,7 @@ def test_every_picture_gets_the_nearest_of_the_five_sizes(tmp_path, toy):
     [
         ("resolution = 512", "", "resolution 512x512"),
         ("resolution = 960\nenable_bucket = true\nbucket_no_upscale = true", "", "bucket_no_upscale"),
-        ("resolution = 960", "target_frames = [1, 33]", "target_frames 33"),
+        ("resolution = 960", "target_frames = [1, 33]\nmetadata_file = 'list.jsonl'", "target_frames 33"),
     ],
 )
 def test_other_sizes_and_lengths_are_refused_unless_the_user_insists(tmp_path, toy, lines, subset, told):
