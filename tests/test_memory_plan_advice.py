@@ -133,16 +133,18 @@ def test_a_smaller_picture_is_the_last_resort_and_fits(parsed):
 
 
 class Line(advice.Trials):
-    """Trials whose peak is a line: 10 bytes of weights and a byte for every 1000 pixels of every frame."""
+    """Trials whose peak is a line: twelve blocks of 2000 bytes, and a byte for every 1000 pixels of every frame."""
+
+    LEAST = 4 * 2000  # two blocks that stay and two places of the ring
 
     def __init__(self, family, work):
         self.family, self.work, self.made = family, work, []
 
     def training(self, options, work):
         self.made.append(work)
-        peak = 10 + advice._pixels(work) // 1000
-        facts = {"offloaded_bytes": 0, "most_blocks_to_swap": 0, "blocks": {}}
-        return planner.Planner(options, self.family, work), planner.Account(peak), facts
+        account = planner.Account(12 * 2000 + advice._pixels(work) // 1000, {"weights": 12 * 2000})
+        facts = {"offloaded_bytes": 0, "most_blocks_to_swap": 10, "blocks": {"blocks": ([2000] * 12, 1)}}
+        return planner.Planner(options, self.family, work), account, facts
 
 
 def test_the_largest_that_fits_is_found_with_few_plans(parsed):
@@ -150,9 +152,10 @@ def test_the_largest_that_fits_is_found_with_few_plans(parsed):
     family, options = get_family("wan"), parsed()
     line = Line(family, Work(640, 640, 1, 81, controls=((640, 640),)))
     assert [work.frames for work in advice.fewer_frames(line)] == list(range(77, 0, -4))
-    limit = 10 + 640 * 640 * 51 // 1000  # 51 frames are none of Wan's, 49 are
-    found = {"options": options, "settings": {}, "peak_bytes": 10 + 640 * 640 * 81 // 1000}
-    frames, size = advice.smaller_items(line, found, limit)
+    limit = Line.LEAST + 640 * 640 * 51 // 1000  # 51 frames are none of Wan's, 49 are
+    found = {"options": options, "settings": {}, "peak_bytes": Line.LEAST + 640 * 640 * 81 // 1000}
+    frames, size = list(advice.smaller_items(line, found, limit))
     assert (frames["now"], frames["was"]) == (49, 81) and len(line.made) <= 8
+    assert frames["settings"] == {"blocks_to_swap": 10} and frames["training_peak_bytes"] <= limit
     # sqrt(51 / 81) of the side is 508 pixels, in sixteenths of 640 it is 480
     assert size["now"] == "480x480" and line.made[-1].controls == ((480, 480),)

@@ -43,7 +43,8 @@ def names() -> list[str]:
 
 def row(name: str) -> str:
     """One line. Peaks in GB (10^9 bytes): of encoding captions, of encoding pictures, of training in three ways."""
-    from library.memory.planner import Planner, Work
+    from library.memory import advice
+    from library.memory.planner import Work
 
     family, size = SMALLER.get(name, (index()["variants"].get(name, {}).get("family", name), None))
     variant = name if name in index()["variants"] else None
@@ -55,31 +56,31 @@ def row(name: str) -> str:
         width, height = size or (record.resolution, record.resolution)
         frames = record.sampling.get("frame_count", 1) if record.frames else 1
         work = Work(width, height, 1, frames, controls=((width, height),) * record.least_controls)
-        planner = Planner(options, record, work)
-        text, cond = planner.text()
-        latents, shape, extra = planner.latents()
-        plain = planner.training(shape, cond | extra)[0]
-        planner = Planner(options.replace(fp8_scaled=True), record, work)
-        fp8, _, facts = planner.training(shape, cond | extra)
-    peaks = _swapped(planner, fp8, facts)
-    ways = [("bf16", plain.peak), ("fp8", fp8.peak), *((f"fp8, swap {n + 1}", peak) for n, peak in enumerate(peaks))]
+        trials = advice.Trials(options, record, work)
+        latents, plain = trials.latents(work)[0], trials.training(options, work)[1]
+        ways = list(advice.swaps(trials, options.replace(fp8_scaled=True), work, offload=False))
+        cards = [_cheapest(trials, options, int(card * 1e9)) for card in CARDS]
+    peaks = [trials.captions.peak, latents.peak, plain.peak, ways[0]["peak_bytes"]]
+    swapped = f"{_gb(ways[-1]['peak_bytes'])} ({len(ways) - 1})" if ways[1:] else "-"
     shown = f"{width}x{height}" + (f"x{frames}" if frames > 1 else "")
-    last = f"{_gb(peaks[-1])} ({len(peaks)})" if peaks else "-"
-    fits = [next((way for way, peak in ways if peak <= card * 1e9), "no") for card in CARDS]
-    numbers = [_gb(account.peak) for account in (text, latents, plain, fp8)]
-    return f"| {name} | {shown} | {' | '.join([*numbers, last, *fits])} |\n"
+    return f"| {name} | {shown} | {' | '.join([*map(_gb, peaks), swapped, *cards])} |\n"
 
 
-def _swapped(planner: Any, fp8: Any, facts: dict[str, Any]) -> list[int]:
-    """Peaks with 1, 2, ... blocks swapped, up to the largest number."""
-    from library.memory.planner import Account
+def _cheapest(trials: Any, options: Any, limit: int) -> str:
+    """The advice in a few words; where nothing fits, the smaller item that does."""
+    from library.memory import advice
 
-    out = []
-    for count in range(1, facts["most_blocks_to_swap"] + 1):
-        smaller = Account(fp8.peak, dict(fp8.parts))
-        planner.swap(smaller, Account(), facts["blocks"], count)
-        out.append(smaller.peak)
-    return out
+    found = advice.cheapest(trials, options, limit)
+    if found["peak_bytes"] > limit:
+        smaller = next(advice.smaller_items(trials, found, limit), None)
+        if smaller is None:
+            return "no"
+        unit = "" if smaller["kind"] == "resolution" else " frame" if smaller["now"] == 1 else " frames"
+        return f"{smaller['now']}{unit}"
+    settings = found["settings"]
+    count = settings.get("blocks_to_swap")
+    host = [f"swap {count}"] * bool(count) + ["offload"] * bool(settings.get("cpu_offload_checkpointing"))
+    return ", ".join(["fp8" if settings.get("fp8_scaled") else "bf16", *([" + ".join(host)] if host else [])])
 
 
 def _gb(size: int) -> str:

@@ -85,7 +85,7 @@ def fitting(
     return {
         "vram_bytes": limit,
         "fits": peak <= limit,
-        "smaller": smaller_items(trials, found, limit) if last_resort and peak > limit else [],
+        "smaller": list(smaller_items(trials, found, limit)) if last_resort and peak > limit else [],
         "settings": settings,
         "costs": costs,
         "training_peak_bytes": peak,
@@ -138,7 +138,7 @@ def _on_host(trials: Trials, options: Any, limit: int) -> dict[str, Any]:
     offloads = [options.cpu_offload_checkpointing]
     if options.gradient_checkpointing and not options.cpu_offload_checkpointing:
         offloads.append(True)
-    return _first((way for offload in offloads for way in _swaps(trials, options, trials.work, offload)), limit)
+    return _first((way for offload in offloads for way in swaps(trials, options, trials.work, offload)), limit)
 
 
 def _first(ways: Iterator[dict[str, Any]], limit: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _first(ways: Iterator[dict[str, Any]], limit: int) -> dict[str, Any]:
     return least
 
 
-def _swaps(trials: Trials, options: Any, work: Work, offload: bool) -> Iterator[dict[str, Any]]:
+def swaps(trials: Trials, options: Any, work: Work, offload: bool) -> Iterator[dict[str, Any]]:
     """No block swapped, then 1, 2, ... up to the largest number; `offload`: with block inputs on the host."""
     planner, device, facts = trials.training(options.replace(cpu_offload_checkpointing=offload), work)
     before, costs = {}, []
@@ -208,9 +208,8 @@ def latents(options: Any, family: Family, work: Work, limit: int) -> dict[str, A
 # ---------------------------------------------------------------- the last resort: smaller items
 
 
-def smaller_items(trials: Trials, found: dict[str, Any], limit: int) -> list[dict[str, Any]]:
-    """Fewer frames, and a smaller resolution: of each the largest that was found to fit, with what it takes."""
-    out = []
+def smaller_items(trials: Trials, found: dict[str, Any], limit: int) -> Iterator[dict[str, Any]]:
+    """Fewer frames, then a smaller resolution: of each the largest that was found to fit, with what it takes."""
     for kind, works in {"frames": fewer_frames(trials), "resolution": smaller_resolutions(trials)}.items():
         fits = _largest(trials, found["options"], works, found["peak_bytes"], limit)
         if fits is None:
@@ -218,11 +217,10 @@ def smaller_items(trials: Trials, found: dict[str, Any], limit: int) -> list[dic
         work, way = fits
         kept = {name: value for name, value in found["settings"].items() if name not in BY_HOST}
         was, now = (_size(trials.work), _size(work)) if kind == "resolution" else (trials.work.frames, work.frames)
-        out.append({
+        yield {
             "kind": kind, "was": was, "now": now, "settings": kept | way["settings"],
             "costs": [COSTS[kind], *way["costs"]], "training_peak_bytes": way["peak_bytes"],
-        })  # fmt: skip
-    return out
+        }  # fmt: skip
 
 
 def _largest(trials: Trials, options: Any, works: list[Work], peak: int, limit: int) -> tuple[Work, Any] | None:
@@ -230,26 +228,27 @@ def _largest(trials: Trials, options: Any, works: list[Work], peak: int, limit: 
     if not works:
         return None
     low = works[-1]
-    best = _with_both(trials, options, low, limit)
-    if best["peak_bytes"] > limit:
+    best, low_peak = _with_both(trials, options, low, limit)
+    if low_peak > limit:
         return None
-    high, high_peak, low_peak = trials.work, peak, best["peak_bytes"]
+    high, high_peak = trials.work, peak
     for _ in range(TRIES):
         slope = (high_peak - low_peak) / (_pixels(high) - _pixels(low))
         most = _pixels(low) + (limit - low_peak) / slope if slope > 0 else _pixels(high)
         guess = next((one for one in works if _pixels(low) < _pixels(one) < min(most, _pixels(high))), None)
         if guess is None:
             break
-        way = _with_both(trials, options, guess, limit)
-        if way["peak_bytes"] <= limit:
+        way, least = _with_both(trials, options, guess, limit)
+        if least <= limit:
             return guess, way
-        high, high_peak = guess, way["peak_bytes"]
+        high, high_peak = guess, least
     return low, best
 
 
-def _with_both(trials: Trials, options: Any, work: Work, limit: int) -> dict[str, Any]:
-    """Block inputs on the host, and as few swapped blocks as fit: the larger the item, the better."""
-    return _first(_swaps(trials, options, work, options.gradient_checkpointing), limit)
+def _with_both(trials: Trials, options: Any, work: Work, limit: int) -> tuple[dict[str, Any], int]:
+    """(the fewest swapped blocks that fit beside block inputs on the host, the peak with as many as help most)."""
+    ways = list(swaps(trials, options, work, options.gradient_checkpointing))
+    return _first(iter(ways), limit), min(way["peak_bytes"] for way in ways)
 
 
 def fewer_frames(trials: Trials) -> list[Work]:
