@@ -105,6 +105,8 @@ class NetworkTrainer:
         self.latents = strategies.latent_source(
             self.dataset, self.family, encoders, options, runtime.rank, runtime.world
         )
+        if self.latents.cached:
+            runtime.release(keep_text=(), keep_vae=False)  # beside large text encoders there may be no room for it
         runtime.now, extra = "caching text", prompts.asked_of_text(self.prompts, self.family)
         self.text = strategies.text_source(
             self.dataset, self.family, runtime.load_text_encoders, options, extra, runtime.rank, runtime.world,
