@@ -255,7 +255,7 @@ def test_the_memory_plan_counts_llama_in_training(toy, pictures, tmp_path):  # n
     words = ("--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1", "--nf4_llm")
     chosen = options.parse("hidream", arguments(toy, pictures, tmp_path, *words), "test")
     work = planner.Work(width=64, height=64, batch=1, items=3, caption="a red cat")
-    plan = planner.make(chosen, chosen.family.resolved(chosen), work)
+    plan = planner.make(chosen, chosen.family, work)
     training, weights = plan["device"]["phases"]["training"], load_file(toy.with_name("llama3.safetensors"))
     embedding = weights["model.embed_tokens.weight"].numel()
     linear = sum(value.numel() for key, value in weights.items() if key.startswith("model.layers") and value.ndim == 2)

@@ -72,7 +72,10 @@ def _cheapest(trials: Any, options: Any, limit: int) -> str:
 
     found = advice.cheapest(trials, options, limit)
     if found["peak_bytes"] > limit:
-        smaller = next(advice.smaller_items(trials, found, limit), None)
+        items = advice.smaller_items(trials, found, limit)
+        smaller = next(items, None)
+        if smaller and smaller["now"] == 1:  # a picture teaches no motion: rather a smaller clip
+            smaller = next(items, smaller)
         if smaller is None:
             return "no"
         unit = "" if smaller["kind"] == "resolution" else " frame" if smaller["now"] == 1 else " frames"

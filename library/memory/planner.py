@@ -92,7 +92,10 @@ class StandIn:
 
 
 class Planner:
-    """One run's plan. `accelerator` false: everything is on the host, in the formats that a run on a CPU has."""
+    """One run's plan; `family` is the record for its files (`Family.resolved`).
+
+    `accelerator` false: everything is on the host, in the formats that a run on a CPU has.
+    """
 
     def __init__(self, options: Any, family: Family, work: Work, accelerator: bool = True) -> None:
         self.options, self.family, self.work, self.accelerator = options, family, work, accelerator
@@ -364,7 +367,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def make(options: Any, family: Family, work: Work, accelerator: bool = True) -> dict[str, Any]:
-    """The whole plan, as written by `--json`: device and host by phase, their peaks, the caches on disk."""
+    """The whole plan, as written by `--json`: device and host by phase, their peaks, the caches on disk.
+
+    `family` is the record by its name or the one for these files, which is taken in any case.
+    """
+    family = family.resolved(options)
     planner = Planner(options, family, work, accelerator)
     text, cond = planner.text()
     latents, shape, extra = planner.latents()
