@@ -64,7 +64,9 @@ def dataset(folder, side, frames):
             write_video(folder / f"{k}.mp4", frames, size=(side, side))
         else:
             Image.new("RGB", (side, side), (90 * k, 120, 40)).save(folder / f"{k}.png")
-        (folder / f"{k}.txt").write_text(f"a thing {k}, " + "seen from the left and from the right " * 2)
+        (folder / f"{k}.txt").write_text(
+            f"a thing {k} from the left"
+        )  # short: a plan counts a mask that transformers leaves out of a run
     where = f"{'video_directory' if frames > 1 else 'image_dir'} = {json.dumps(str(folder))}\n"
     text = f"[[datasets]]\nresolution = {side}\nbatch_size = 2\n[[datasets.subsets]]\n{where}{rule}"
     path = folder.with_suffix(".toml")
