@@ -313,7 +313,7 @@ def _split(items: list[Item], spec: DatasetSpec, options: Any) -> tuple[list[Ite
 
 def _on_one_side(trained: list[Item], held_out: list[Item], report: Report) -> tuple[list[Item], list[Item]]:
     """A file that one dataset holds out is held out of the others, too."""
-    if len({item.dataset for item in (*trained, *held_out)}) < 2 or not held_out:
+    if not held_out or len({item.dataset for item in (*trained, *held_out)}) < 2:
         return trained, held_out
     held = {os.path.realpath(item.file) for item in held_out}
     moved = [item for item in trained if not item.is_reg and os.path.realpath(item.file) in held]

@@ -39,11 +39,12 @@ def read_subset(subset: SubsetSpec, options: Any, report: Report) -> list[scan.F
         report.faults.append(Fault(subset.source, kind, reason, counted=False))
         return []
     report.found += len(rows)
-    for row in rows:
-        row.problem = row.problem or report.bad.get(row.path, "")
-        if row.problem:
-            report.faults.append(Fault(row.path, what, row.problem))
-    rows = [row for row in rows if not row.problem]
+    if report.bad:
+        for row in rows:
+            row.problem = row.problem or report.bad.get(row.path, "")
+    if faulty := [row for row in rows if row.problem]:
+        report.faults += [Fault(row.path, what, row.problem) for row in faulty]
+        rows = [row for row in rows if not row.problem]
     if subset.control_directory:
         controls.attach(rows, subset, lambda folder: index_folder(folder, options), report)
     controls.check(rows, report)
