@@ -25,6 +25,7 @@ WIDE = {  # what is changed of the toy's configuration: 512 wide, 8 blocks of th
     "flux": {"num_attention_heads": 4, "num_layers": 3, "num_single_layers": 8},
 }
 LORA, WHOLE, CHECKPOINTED = "toy.toml", "toy_full.toml", "--gradient_checkpointing"
+CACHES = ("--cache_latents", "--cache_text_encoder_outputs")
 OFFLOADED = (CHECKPOINTED, "--cpu_offload_checkpointing")
 
 
@@ -102,7 +103,7 @@ def real_peaks(given, monkeypatch):
     return peaks
 
 
-def compare(name, folder, monkeypatch, *extra, toml=LORA, side=256, frames=1, wide=True):
+def compare(name, folder, monkeypatch, *extra, toml=LORA, side=256, frames=1, wide=True, cached=True):
     """Two steps on two items, so that the optimizer's states are there in the second.
 
     Peaks within a tenth, training's without the frozen weights too; the bytes of block inputs that move are equal.
@@ -113,14 +114,18 @@ def compare(name, folder, monkeypatch, *extra, toml=LORA, side=256, frames=1, wi
     if wide:
         assert 40e6 < widened(name, toy) < 110e6
     words = ["--config_file", str(toy.with_name(toml)), "--dataset_config", str(dataset(folder / "data", side, frames)),
-             "--output_dir", str(folder / "out"), "--output_name", "run", "--cache_latents",
-             "--cache_text_encoder_outputs", "--max_train_steps", "2", *extra]  # fmt: skip
+             "--output_dir", str(folder / "out"), "--output_name", "run", *(CACHES if cached else ()),
+             "--max_train_steps", "2", *extra]  # fmt: skip
     given = options.parse(name, words, "test")
     found = check(given, lambda text: None)
     work = plan_table.largest(found.dataset)
     assert (work.width, work.frames, work.batch) == (side, frames, 2)
     plan = planner.make(given, found.family, work, accelerator=False)
     real, phases, host = real_peaks(given, monkeypatch), plan["device"]["phases"], plan["host"]
+    if not cached:  # all of a run's models are there at once
+        assert phases["training"]["peak_bytes"] == pytest.approx(max(real.values()), rel=0.1)
+        assert phases["training"]["vae_bytes"] > 0 < phases["training"]["encoders_bytes"]
+        return
     ratios = {name: phases[name]["peak_bytes"] / real[name] for name in ("latents", "training")}
     # A real run on a CPU has its caches in the same memory: of the texts all but the last while that is encoded, and
     # in training instead of the batch's copy on the device.
@@ -139,6 +144,11 @@ def compare(name, folder, monkeypatch, *extra, toml=LORA, side=256, frames=1, wi
 @pytest.mark.parametrize(("name", "side", "frames"), [("wan", 128, 9), ("flux", 128, 1)])
 def test_plans_are_within_a_tenth_of_real_runs_in_every_phase(name, side, frames, tmp_path, monkeypatch):
     compare(name, tmp_path, monkeypatch, *OFFLOADED, side=side, frames=frames, wide=False)
+
+
+@pytest.mark.parametrize("name", ["flux", "z_image"])
+def test_without_caches_encoders_and_vae_count_in_training(name, tmp_path, monkeypatch):
+    compare(name, tmp_path, monkeypatch, CHECKPOINTED, side=128, wide=False, cached=False)
 
 
 CASES = [

@@ -471,16 +471,7 @@ def test_a_model_of_pictures_refuses_videos(tmp_path, folder):
         prepared(
             tmp_path,
             folder,
-            family=SimpleNamespace(
-                title="P",
-                max_controls=0,
-                least_controls=0,
-                control_size=None,
-                text_pictures=None,
-                text_frame=None,
-                frames=None,
-                sizes=(),
-            ),
+            family=SimpleNamespace(**vars(VIDEO) | {"title": "P", "frames": None}),
         )
 
 

@@ -47,7 +47,9 @@ class Trials:
     def latents(self, work: Work) -> tuple[Account, Any, Any]:
         """What `Planner.latents` says of other items."""
         if work not in self.items:
-            self.items[work] = Planner(self.text.options, self.family, work).latents()
+            planner = Planner(self.text.options, self.family, work)
+            self.items[work] = planner.latents()
+            self.text.resident |= planner.resident
         return self.items[work]
 
     def training(self, options: Any, work: Work) -> tuple[Planner, Account, dict[str, Any]]:
@@ -56,8 +58,8 @@ class Trials:
         key = repr(options.as_dict()), work
         if key not in self.made:
             planner = Planner(options, self.family, work)
-            planner.encoder_bytes = self.text.encoder_bytes
             _, shape, extra = self.latents(work)
+            planner.resident = self.text.resident
             device, _, facts = planner.training(shape, self.cond | extra)
             self.made[key] = planner, device, facts
         return self.made[key]

@@ -103,7 +103,8 @@ class Planner:
         self.encoder_dtype = torch.bfloat16 if accelerator else torch.float32
         self.notes: list[str] = []
         self.sketches: dict[str, tuple[sketch.Sketch, str]] = {}
-        self.encoder_bytes = 0  # of the text encoders that stay loaded while training
+        # Stays loaded while training, for want of a cache: "encoders", "vae" -> bytes of (weights, what encoding adds)
+        self.resident: dict[str, tuple[int, int]] = {}
         self.cached_text: Cond = {}  # what is cached of a caption, as shapes
         if any(getattr(options, name, False) for name in ("nf4", "nf4_vl", "nf4_t5", "nf4_llm")):
             make_nf4_tables()
@@ -146,8 +147,10 @@ class Planner:
             if rule:
                 self.cached_text = _shapes(rule.encode(encoders, tokenizers, caption, "cpu"))
                 live = [model for part, model in zip(parts, encoders, strict=True) if part.name in rule.encoders]
-                self.encoder_bytes = sum(map(_bytes_of, live))
+                self.resident["encoders"] = sum(map(_bytes_of, live)), 0
             shapes = _shapes(self.family.encode(encoders, tokenizers, caption, "cpu"))
+            if not options.cache_text_encoder_outputs:
+                self.resident["encoders"] = weights, tracker.peak - weights
             return Account(tracker.peak, {"weights": weights, "activations": tracker.peak - weights}), shapes
 
     def tokenizers(self) -> list[Any]:
@@ -178,6 +181,8 @@ class Planner:
             latents = self.family.encode_image(vae, self.pixels(batch))
             extra = {} if self.family.encode_item is None else self.family.encode_item(vae, others, self.item())
             shapes = _shapes(extra)
+            if not self.options.cache_latents:
+                self.resident["vae"] = weights, tracker.peak - weights
             account = Account(tracker.peak, {"weights": weights, "activations": tracker.peak - weights})
             return account, tuple(latents.shape[1:]), shapes
 
@@ -234,10 +239,12 @@ class Planner:
             "activations": highest - weights - adapter - gradients,
         })  # fmt: skip
         host = Account()
-        if self.encoder_bytes:
-            where = host if options.text_encoder_cpu else device
-            where.peak += self.encoder_bytes
-            where.parts["encoders"] = self.encoder_bytes
+        for name, (size, encoding) in self.resident.items():
+            where = host if name == "encoders" and options.text_encoder_cpu else device
+            where.peak, where.parts[name] = where.peak + size, size
+            more = max(0, encoding - where.parts.get("activations", 0))  # encoding comes before the step, not beside it
+            if more:
+                where.peak, where.parts["activations"] = where.peak + more, where.parts.get("activations", 0) + more
         if sampled:
             device.parts["samples"] = sampled
             device.parts["activations"] -= sampled
