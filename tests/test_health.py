@@ -105,12 +105,13 @@ def test_a_step_that_is_no_number_leaves_no_trace_in_weights_or_optimizer(
     real = health.Guard.step
 
     def leaves_out(self, step, loss, norm):
-        real(self, step, loss.new_tensor(float("nan")) if step.number in hit else loss, norm)
+        scaler = self.trainer.scaler
+        if not (scaler.is_enabled() and step.number in hit):
+            return real(self, step, loss.new_tensor(float("nan")) if step.number in hit else loss, norm)
+        self.note(step, loss.new_tensor(float("nan")), norm)  # the scaler looks at the gradients, and these are good
+        return scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
 
-    if kind == "fp16":  # the scaler looks at the gradients themselves
-        index = poison(good, "3.png")
-    else:
-        monkeypatch.setattr(health.Guard, "step", leaves_out)
+    monkeypatch.setattr(health.Guard, "step", leaves_out)
     monkeypatch.setattr(health.Guard, "_dump", lambda self, step: "the latents")
     good.train()
     one, two = weights(bad), weights(good)
