@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_processes import run_all
 from training_support import ROOT, arguments, called, launch, losses, pictures, toy, train  # noqa: F401  (fixtures)
 
 
@@ -123,15 +122,8 @@ def test_resume_refuses_changed_options_by_name(toy, pictures, tmp_path):  # noq
 BOTH = ("--max_train_steps", "4", "--learning_rate", "1e-2")
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_accumulation(toy, pictures, tmp_path):  # noqa: F811
-    train(toy, pictures, tmp_path / "one", *BOTH, "--gradient_accumulation_steps", "2")
-    run_all(tmp_path / "log", 2, lambda rank: train(toy, pictures, tmp_path / "two", *BOTH))
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_torchs_launcher_starts_them(toy, pictures, tmp_path):  # noqa: F811
-    """Two processes that import everything anew, for what the test above sets as the launcher does."""
+def test_two_processes_of_torchs_launcher_take_the_steps_of_one_with_twice_the_accumulation(toy, pictures, tmp_path):  # noqa: F811
+    """The launcher itself; tests/test_processes.py forks processes and sets for them what it sets."""
     train(toy, pictures, tmp_path / "one", *BOTH, "--gradient_accumulation_steps", "2")
     words = ["--standalone", "--nproc_per_node", "2", "z_image_train_network.py"]
     command = [
