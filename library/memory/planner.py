@@ -239,12 +239,7 @@ class Planner:
             "activations": highest - weights - adapter - gradients,
         })  # fmt: skip
         host = Account()
-        for name, (size, encoding) in self.resident.items():
-            where = host if name == "encoders" and options.text_encoder_cpu else device
-            where.peak, where.parts[name] = where.peak + size, size
-            more = max(0, encoding - where.parts.get("activations", 0))  # encoding comes before the step, not beside it
-            if more:
-                where.peak, where.parts["activations"] = where.peak + more, where.parts.get("activations", 0) + more
+        self._keep(device, host)
         if sampled:
             device.parts["samples"] = sampled
             device.parts["activations"] -= sampled
@@ -260,6 +255,14 @@ class Planner:
         if offloaded:
             host.parts["block_inputs"], host.peak = moved, host.peak + moved
         return device, host, facts
+
+    def _keep(self, device: Account, host: Account) -> None:
+        """Add what stays loaded while training for want of a cache. It encodes before the step, not beside it."""
+        for name, (size, encoding) in self.resident.items():
+            where = host if name == "encoders" and self.options.text_encoder_cpu else device
+            where.peak, where.parts[name] = where.peak + size, size
+            if more := max(0, encoding - where.parts.get("activations", 0)):
+                where.peak, where.parts["activations"] = where.peak + more, where.parts.get("activations", 0) + more
 
     def _network(self, model: torch.nn.Module) -> torch.nn.Module:
         import importlib
